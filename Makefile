@@ -1,0 +1,42 @@
+# The front door. Only Python >= 3.11 (with venv), make and a package registry are assumed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-stamp
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check up bench lock clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+setup: $(STAMP) ## .venv from the hashed lock, and this checkout in it
+
+$(STAMP): requirements/dev.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --only-binary :all: -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --no-index --editable .
+	@touch $@
+
+demo: setup ## the main job from end to end, on three regions and a real model
+	$(BIN)/mlcdn demo $(ARGS)
+
+test: setup ## every test; starts its own Kafka, S3 and Valkey
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup ## format, lint, spelling, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/codespell
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+up: setup ## the whole network in the foreground; Ctrl-C stops it
+	$(BIN)/mlcdn up $(ARGS)
+
+bench: setup ## every benchmark: one table, then one line of ratios each
+	$(BIN)/python -m bench $(ARGS)
+
+clean: ## forget the environment and the local network
+	rm -rf $(VENV) .mlcdn build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
