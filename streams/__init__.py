@@ -1,0 +1,1 @@
+"""The log: how facts are stored, folded, followed and audited."""
