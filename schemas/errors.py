@@ -1,17 +1,17 @@
 """The error tree. Every error we raise on purpose is one of these; foreign errors are translated once, where they enter.
 
-    MlcdnError                      status, retryable: a hint for whoever answers, without importing the web
-    ├── BadInput            400     the caller's words are wrong
-    │   └── BadTensor       400     … in a tensor: which, where
-    ├── NotFound            404
-    ├── Conflict            409     true elsewhere: a sequence taken, a name in use
-    ├── ModelRefused        422     an artifact that must not be served
-    ├── EventRefused        422     a record that must not act
-    ├── Overloaded          429     retry after `retry_after_s`
-    ├── SettingsInvalid     400     a setting: which, why
-    ├── Unreachable         503     a part of the system: which, where, what to try
-    ├── NotReady            503
-    └── DeadlineExceeded    504
+MlcdnError                      status, retryable: a hint for whoever answers, without importing the web
+├── BadInput            400     the caller's words are wrong
+│   └── BadTensor       400     … in a tensor: which, where
+├── NotFound            404
+├── Conflict            409     true elsewhere: a sequence taken, a name in use
+├── ModelRefused        422     an artifact that must not be served
+├── EventRefused        422     a record that must not act
+├── Overloaded          429     retry after `retry_after_s`
+├── SettingsInvalid     400     a setting: which, why
+├── Unreachable         503     a part of the system: which, where, what to try
+├── NotReady            503
+└── DeadlineExceeded    504
 """
 
 from __future__ import annotations

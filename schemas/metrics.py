@@ -1,0 +1,75 @@
+"""Every metric, in one typed catalogue. A name outside it is an error where it is asked for.
+
+The catalogue is data; `counter`, `gauge` and `histogram` make the Prometheus object of a name once per process. In a node
+with several workers `PROMETHEUS_MULTIPROC_DIR` is set before the process starts, and any worker answers for all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Final, Literal
+
+from prometheus_client import Counter, Gauge, Histogram
+
+Kind = Literal["counter", "gauge", "histogram"]
+LATENCY_BUCKETS: Final = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric: its kind, what it means, its labels; `merge` is how a gauge of several workers becomes one."""
+
+    kind: Kind
+    help: str
+    labels: tuple[str, ...] = ()
+    merge: Literal["livesum", "livemax", "livemostrecent"] = "livesum"
+
+
+CATALOGUE: Final[dict[str, Metric]] = {
+    "cdn_requests_total": Metric("counter", "Requests answered.", ("region", "status")),
+    "cdn_request_latency_seconds": Metric("histogram", "Time to answer, cached or not.", ("region", "cache_level")),
+    "cdn_cache_hit_rate": Metric("gauge", "Share of answers by tier since the last beat.", ("region", "cache_level"), "livemax"),
+    "mlcdn_model_requests_total": Metric("counter", "Requests by model and version.", ("model", "version", "status")),
+    "mlcdn_cache_misses_total": Metric("counter", "Look-ups that a tier did not answer, by reason.", ("tier", "reason")),
+    "mlcdn_cache_bytes": Metric("gauge", "Bytes held by a tier.", ("tier",)),
+    "mlcdn_breaker_open": Metric("gauge", "1 while a tier is left alone because it failed.", ("tier",), "livemax"),
+    "mlcdn_swaps_total": Metric("counter", "Model swaps by outcome.", ("model", "outcome")),
+    "mlcdn_swap_phase_seconds": Metric("histogram", "Time of a swap's phases.", ("phase",)),
+    "mlcdn_artifacts_rejected_total": Metric("counter", "Artifacts that a node would not activate.", ("phase",)),
+    "mlcdn_log_position": Metric("gauge", "Last position obeyed.", ("topic",), "livemax"),
+    "mlcdn_log_lag": Metric("gauge", "Records behind the high watermark.", ("topic",), "livemax"),
+    "mlcdn_dead_letters_total": Metric("counter", "Records that did not act, by reason.", ("topic", "reason")),
+    "mlcdn_dead_letters_suppressed_total": Metric("counter", "Dead letters above the bounded rate, counted only.", ()),
+    "mlcdn_rows_dropped_total": Metric("counter", "Request rows dropped because a queue was full.", ()),
+    "mlcdn_events_dropped_total": Metric("counter", "Fleet events dropped because a queue was full.", ("kind",)),
+    "mlcdn_follower_rebuilds_total": Metric("counter", "Times a stalled or failed follower was rebuilt.", ("group",)),
+    "mlcdn_control_plane_age_seconds": Metric("gauge", "Time since the agent's last heartbeat.", (), "livemax"),
+}  # fmt: skip
+
+
+def _of(name: str, kind: Kind) -> Metric:
+    metric = CATALOGUE[name]
+    if metric.kind != kind:
+        raise TypeError(f"{name} is a {metric.kind}, not a {kind}")
+    return metric
+
+
+@cache
+def counter(name: str) -> Counter:
+    metric = _of(name, "counter")
+    return Counter(name, metric.help, metric.labels)
+
+
+@cache
+def gauge(name: str) -> Gauge:
+    metric = _of(name, "gauge")
+    return Gauge(name, metric.help, metric.labels, multiprocess_mode=metric.merge)
+
+
+@cache
+def histogram(name: str) -> Histogram:
+    metric = _of(name, "histogram")
+    return Histogram(name, metric.help, metric.labels, buckets=LATENCY_BUCKETS)

@@ -1,0 +1,153 @@
+"""Every setting, typed, in one catalogue: ``MLCDN_*`` variables over a TOML file over defaults.
+
+Laws: settings are read once, in a process's `main`; an unknown name is refused, wherever it stands; secrets never show.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from schemas.errors import SettingsInvalid
+
+PREFIX: Final = "MLCDN_"
+# Not settings of a process: what a parent tells its child, and what the command line and the tests read.
+NOT_SETTINGS: Final = frozenset({"MLCDN_DIR", "MLCDN_CONFIG", "MLCDN_LISTEN_FD", "MLCDN_WORKER"})
+
+
+class Settings(BaseSettings):
+    """The settings of every process; each uses the ones it needs."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
+
+    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Least severe log line written.")
+
+    kafka: str = Field("127.0.0.1:9092", description="Kafka bootstrap servers, host:port, comma-separated.")
+    s3_endpoint: str = Field("http://127.0.0.1:8333", description="S3 endpoint URL.")
+    s3_bucket: str = Field("mlcdn", description="Bucket that object keys are relative to.")
+    s3_access_key: str = Field("", description="S3 access key.")
+    s3_secret_key: SecretStr = Field(SecretStr(""), description="S3 secret key.")
+    s3_region: str = Field("us-east-1", description="S3 region name.")
+    redis_url: str = Field("", description="The region's Redis or Valkey, redis:// or rediss://; empty for none.")
+
+    root_keys: Path = Field(
+        Path("keys/roots.txt"), description="File of root public keys: the only trust outside the log."
+    )
+    signing_key: Path | None = Field(None, description="File of the private key that signs what this process appends.")
+    author: str = Field("operator", description="Who signs, for people.")
+
+    region: str = Field("local", description="Region of this node.")
+    node: str = Field("local-1", description="Name of this node, unique in the network.")
+    lat: float = Field(0.0, ge=-90, le=90, description="Where the node stands, degrees north.")
+    lon: float = Field(0.0, ge=-180, le=180, description="Where the node stands, degrees east.")
+    dir: Path = Field(Path(".mlcdn/node"), description="The process's own directory: board, artifacts, caches.")
+    host: str = Field("127.0.0.1", description="Address that HTTP listens on.")
+    port: int = Field(0, ge=0, le=65535, description="Port that HTTP listens on; 0 lets the system choose.")
+    url: str = Field("", description="URL that clients reach this process by; empty: host and port.")
+    workers: int = Field(1, ge=1, le=256, description="Workers of an edge node.")
+    capacity: float = Field(0.0, ge=0, description="Requests a second the node is built for; 0 when unknown.")
+    beat_s: float = Field(1.0, gt=0, le=60, description="Seconds between a worker's beats.")
+    flush_s: float = Field(0.1, gt=0, le=10, description="Seconds between a worker's request batches.")
+    drain_s: float = Field(10.0, gt=0, le=600, description="Seconds a process may take to finish what is in flight.")
+
+    origin_url: str = Field("", description="Origin that runs models placed there; empty for none.")
+    admin_host: str = Field("127.0.0.1", description="Address that the admin API listens on.")
+    admin_port: int = Field(0, ge=0, le=65535, description="Port that the admin API listens on.")
+    admin_token: SecretStr = Field(SecretStr(""), description="Bearer token of the admin API; empty turns it off.")
+
+    default_model: str = Field("", description="Model of /predict when the request names none and several are served.")
+    max_body_bytes: int = Field(8 * 2**20, ge=1_024, description="Largest request body.")
+    max_batch_rows: int = Field(4_096, ge=1, description="Most rows of one request.")
+    run_threads: int = Field(2, ge=1, le=256, description="Threads that run models in a worker.")
+    intra_op_threads: int = Field(1, ge=1, le=256, description="onnxruntime threads inside one operator.")
+    inter_op_threads: int = Field(1, ge=1, le=256, description="onnxruntime threads across operators.")
+    providers: tuple[str, ...] = Field(
+        ("CPUExecutionProvider",), description="onnxruntime execution providers, in order."
+    )
+
+    memory_cache_bytes: int = Field(64 * 2**20, ge=0, description="Size of a worker's memory tier; 0 turns it off.")
+    redis_cache_bytes: int = Field(64 * 2**20, ge=0, description="maxmemory of the region's Redis tier.")
+    disk_cache_bytes: int = Field(256 * 2**20, ge=0, description="Size of a node's disk tier; 0 turns it off.")
+    model_disk_bytes: int = Field(
+        8 * 2**30, ge=2**20, description="Disk budget of artifacts; those in use are kept anyway."
+    )
+    fetch_concurrency: int = Field(2, ge=1, le=32, description="Artifacts a node fetches at once.")
+    fetch_deadline_s: float = Field(300.0, gt=0, description="Longest one attempt to fetch an artifact.")
+
+    router_margin: float = Field(
+        0.05, ge=0, le=1, description="Candidates within this score of the best share the load."
+    )
+    router_locations: Path | None = Field(
+        None, description="CIDR override file: network, latitude, longitude per line."
+    )
+    router_default_lat: float = Field(0.0, ge=-90, le=90, description="Where a client of unknown place stands.")
+    router_default_lon: float = Field(0.0, ge=-180, le=180, description="Where a client of unknown place stands.")
+    probe_s: float = Field(1.0, gt=0, le=60, description="Seconds between a router's probes of a node.")
+    routes_s: float = Field(2.0, gt=0, le=60, description="Longest time between two published routing tables.")
+    phi_suspect: float = Field(3.0, gt=0, description="Phi from which a node is suspect.")
+    phi_dead: float = Field(8.0, gt=0, description="Phi from which a node is dead.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Variables over what `load` read from the file (the init arguments)."""
+        return (env_settings, init_settings)
+
+
+def load(config: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
+    """Reads the settings once. `SettingsInvalid` names the setting, its source and why.
+
+    `config` is a TOML file; by default the one that ``MLCDN_CONFIG`` names. `environ` defaults to the process's own and
+    is only looked through for unknown names.
+    """
+    environ = os.environ if environ is None else environ
+    for name in environ:
+        if name.startswith(PREFIX) and name not in NOT_SETTINGS:
+            _known(name.removeprefix(PREFIX).lower(), f"variable {name}")
+    path = config or (Path(environ["MLCDN_CONFIG"]) if environ.get("MLCDN_CONFIG") else None)
+    from_file = _file(path) if path is not None else {}
+    try:
+        return Settings(**from_file)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        source = f"variable {PREFIX}{name.upper()}" if f"{PREFIX}{name.upper()}" in environ else f"{path}"
+        raise SettingsInvalid(f"setting {name} ({source}): {first['msg']}") from None
+
+
+def source_of(name: str, config: Path | None = None) -> str:
+    """Where a setting's value comes from: ``variable``, ``file`` or ``default``."""
+    if f"{PREFIX}{name.upper()}" in os.environ:
+        return "variable"
+    return "file" if config is not None and name in _file(config) else "default"
+
+
+def _file(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise SettingsInvalid(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsInvalid(f"{path}: {error}") from None
+    for name in values:
+        _known(name, str(path))
+    return values
+
+
+def _known(name: str, where: str) -> None:
+    if name not in Settings.model_fields:
+        near = difflib.get_close_matches(name, Settings.model_fields, 1)
+        raise SettingsInvalid(f"{where}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
