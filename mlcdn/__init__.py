@@ -1,0 +1,1 @@
+"""mlcdn: a CDN for machine-learning models. The command line, the local network and the client library."""
