@@ -85,8 +85,12 @@ class Network:
         token = self._admin_token()
         origin, admin, router = free_ports(3)
         router = self._plan.router_port or router
-        edges = {node: (region, port) for (region, node), port in zip(
-            self._plan.node_names(), free_ports(len(self._plan.node_names())), strict=True)}
+        edges = {
+            node: (region, port)
+            for (region, node), port in zip(
+                self._plan.node_names(), free_ports(len(self._plan.node_names())), strict=True
+            )
+        }
         shared = self._shared(addresses, identities)
         children = [
             self._child("origin", "origin.main", origin, shared | {

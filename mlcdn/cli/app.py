@@ -33,7 +33,6 @@ app.add_typer(topics.app, name="topics")
 app.add_typer(keys.app, name="keys")
 
 
-
 def main() -> None:
     sys.exit(run(sys.argv[1:]))
 

@@ -12,7 +12,8 @@ import typer
 from mlcdn.cli import output
 from mlcdn.cli.output import Json
 from mlcdn.cli.target import DEFAULT_DIR, Dir, Target
-from streams.audit.replay import At, state_at
+from streams.audit.control import At
+from streams.audit.replay import state_at
 from streams.audit.story import story as tell
 from streams.audit.verify import verify as judge
 
@@ -21,7 +22,9 @@ app = typer.Typer(help="Replay the log: what was told, what was served, whether 
 
 @app.command()
 def state(
-    at: Annotated[str | None, typer.Option(help="Position on the releases topic, or ISO 8601 time; default now.")] = None,
+    at: Annotated[
+        str | None, typer.Option(help="Position on the releases topic, or ISO 8601 time; default now.")
+    ] = None,
     region: Annotated[str | None, typer.Option(help="Only what this region reported.")] = None,
     json: Json = False,
     directory: Dir = DEFAULT_DIR,

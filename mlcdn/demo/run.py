@@ -235,7 +235,9 @@ def _lose_an_edge(mlcdn: Mlcdn, router: str, digits: Digits, v2: str) -> None:
                 if left is None and region != "tokyo":
                     left = time.monotonic() - killed
         found.append(f"{answered} questions, {answered} answers, {asked - answered} asked again on a broken connection")
-        found.append(f"first answer from another region after {left:.2f} s" if left is not None else "tokyo was back first")
+        found.append(
+            f"first answer from another region after {left:.2f} s" if left is not None else "tokyo was back first"
+        )
         back = _wait_live(mlcdn, "tokyo-1", v2, killed)
         found.append(f"tokyo-1 serves v2 again {back:.1f} s after it was killed")
 
@@ -255,9 +257,7 @@ def _persist(http: httpx.Client, router: str, row: Any, killed: float) -> tuple[
 
 
 def _wait_live(mlcdn: Mlcdn, node: str, digest: str, since: float) -> float:
-    url = next(
-        n["url"] for r in mlcdn.network()["regions"].values() for n in r["nodes"] if n["node"] == node
-    )
+    url = next(n["url"] for r in mlcdn.network()["regions"].values() for n in r["nodes"] if n["node"] == node)
     while time.monotonic() - since < 40:
         try:
             answer = httpx.get(f"{url}/v2/models/{MODEL}/ready", timeout=1, trust_env=False)

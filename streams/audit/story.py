@@ -151,7 +151,9 @@ def describe(event: Event) -> str:
     """One line for a person."""
     match event:
         case TrustChanged():
-            granted = ", ".join(f"{g.label} may sign {'/'.join(g.kinds)} for {'/'.join(g.models)}" for g in event.grants)
+            granted = ", ".join(
+                f"{g.label} may sign {'/'.join(g.kinds)} for {'/'.join(g.models)}" for g in event.grants
+            )
             return f"trust: {granted or 'no grants'}; {len(event.revoked)} revoked, by {event.author}: {event.reason}"
         case ModelReleased():
             return (
@@ -179,6 +181,8 @@ def describe(event: Event) -> str:
         case NodeLeft():
             return f"{event.node} worker {event.worker} left: {event.cause}"
         case EventRejected():
-            return f"{event.node} refused {event.topic} {event.partition}/{event.offset}: {event.refusal} {event.detail}"
+            return (
+                f"{event.node} refused {event.topic} {event.partition}/{event.offset}: {event.refusal} {event.detail}"
+            )
         case _:
             return event.kind

@@ -1,0 +1,112 @@
+"""The way to the origin, for models that are placed there.
+
+Laws:
+- One connection pool, no redirects, no proxies of the environment, every attempt inside the caller's deadline.
+- What the origin says no to is the caller's fault and keeps its status; what it does not answer is `Unreachable`.
+- An answer counts only if it names the digest that was asked for: during a release the origin and an edge may disagree
+  for a moment, and an entry under the wrong digest would outlive it.
+
+It must not know caches or who asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import httpx
+import msgspec
+import numpy as np
+
+from edge_node.serving.inference_protocol import infer_body, outputs_in
+from inference.datatypes import TensorSpec
+from inference.deadlines import Deadline
+from schemas.errors import BadInput, BadTensor, DeadlineExceeded, NotReady, Overloaded, Unreachable
+
+MAX_ANSWER_BYTES = 64 * 2**20
+MAX_CONNECTIONS = 64
+
+
+class OriginClient:
+    def __init__(self, url: str, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        self._url = url.rstrip("/")
+        self._client = httpx.AsyncClient(
+            base_url=self._url,
+            transport=transport,
+            trust_env=False,
+            follow_redirects=False,
+            limits=httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS),
+        )
+
+    async def infer(
+        self,
+        model: str,
+        digest: str,
+        inputs: Mapping[str, np.ndarray[Any, np.dtype[Any]]],
+        specs: Sequence[TensorSpec],
+        outputs: Sequence[str] | None,
+        deadline: Deadline,
+        traceparent: str = "",
+    ) -> bytes:
+        """The encoded `outputs` of the origin's answer."""
+        headers = {"content-type": "application/json"} | ({"traceparent": traceparent} if traceparent else {})
+        body = infer_body(inputs, specs, outputs)
+        remaining = deadline.remaining()
+        if remaining <= 0:
+            raise DeadlineExceeded("the deadline passed before the origin was asked")
+        headers["mlcdn-deadline-ms"] = str(max(1, int(remaining * 1_000)))
+        try:
+            answer = await self._client.post(
+                f"/v2/models/{model}/infer", content=body, headers=headers, timeout=remaining
+            )
+        except httpx.TimeoutException:
+            raise DeadlineExceeded("the origin did not answer before the deadline") from None
+        except httpx.HTTPError as error:
+            raise self._unreachable(type(error).__name__) from None
+        if answer.status_code != httpx.codes.OK:
+            raise self._refused(answer)
+        if len(answer.content) > MAX_ANSWER_BYTES:
+            raise self._unreachable(f"its answer has {len(answer.content)} bytes")
+        if (actual := answer.headers.get("mlcdn-digest", "")) != digest:
+            raise NotReady(f"the origin serves {actual[:12] or 'nothing'} of model {model}, not {digest[:12]} yet")
+        try:
+            return outputs_in(answer.content)
+        except BadInput as error:
+            raise self._unreachable(str(error)) from None
+
+    async def check(self, timeout_s: float) -> bool:
+        """Whether it answers at all."""
+        try:
+            return (await self._client.get("/health", timeout=timeout_s)).status_code < 500
+        except httpx.HTTPError:
+            return False
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    def _refused(self, answer: httpx.Response) -> Exception:
+        match answer.status_code:
+            case 400:
+                return BadTensor(_error_in(answer))
+            case 404:
+                return NotReady(f"the origin does not serve it yet: {_error_in(answer)}")
+            case 429:
+                return Overloaded("the origin is overloaded")
+            case 504:
+                return DeadlineExceeded("the origin did not finish before the deadline")
+            case status:
+                return self._unreachable(f"status {status}")
+
+    def _unreachable(self, hint: str) -> Unreachable:
+        return Unreachable("origin", self._url, hint)
+
+
+class _Error(msgspec.Struct):
+    error: str = ""
+
+
+def _error_in(answer: httpx.Response) -> str:
+    try:
+        return msgspec.json.decode(answer.content, type=_Error).error[:500]
+    except (msgspec.MsgspecError, RecursionError):
+        return f"status {answer.status_code}"

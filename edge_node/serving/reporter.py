@@ -1,0 +1,223 @@
+"""What a worker says of itself: request rows in columns, beats, swaps; and the same rows as Prometheus metrics.
+
+Laws:
+- Reporting never delays an answer: a row is appended to a list, everything else happens between flushes, and the log is
+  only offered to. While it is away memory stays bounded and every row that is lost is counted, once.
+- A row that could not be offered counts as dropped in the next batch that can, so the sums over a log are exact.
+- A beat is of the interval since the beat before.
+
+It must not know how a request was answered, HTTP, or a broker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple
+
+import msgspec
+import numpy as np
+
+from schemas.events import NO_MODEL, TIERS, Event, Location, ModelRef, NodeBeat, NodeLeft, RequestBatch, ServedModel
+from schemas.events.traffic import COLUMNS, MAX_ROWS
+from schemas.metrics import counter, gauge, histogram
+from streams.log.writer import Writer
+
+MAX_BUFFERED_ROWS: Final = 5 * MAX_ROWS
+_U32: Final = 2**32 - 1
+_TIER_INDEX: Final = {tier: index for index, tier in enumerate(TIERS)}
+
+
+class Identity(msgspec.Struct, frozen=True, kw_only=True):
+    """Who reports."""
+
+    node: str
+    region: str
+    worker: int
+    incarnation: int
+    url: str
+    location: Location
+    capacity: float
+
+    def fleet(self) -> dict[str, Any]:
+        return {"node": self.node, "region": self.region, "worker": self.worker, "incarnation": self.incarnation}
+
+
+class Row(NamedTuple):
+    """One answered request; `started_ns` is of perf_counter_ns. `key` is the cache key, empty for none."""
+
+    started_ns: int
+    latency_ns: int
+    tier: str
+    status: int
+    model: ModelRef | None
+    request_bytes: int
+    response_bytes: int
+    key: bytes
+
+
+class Standing(msgspec.Struct, frozen=True, kw_only=True):
+    """What a beat says that is not counted here."""
+
+    in_flight: int
+    queue: int
+    positions: dict[str, int]
+    models: tuple[ServedModel, ...]
+    desired_digest: str
+    draining: bool
+
+
+class Reporter:
+    """One event loop owns it. `standing` is asked at every beat."""
+
+    def __init__(self, identity: Identity, writer: Writer, standing: Callable[[], Standing]) -> None:
+        self.identity, self._writer, self._standing = identity, writer, standing
+        self.rows_dropped = 0
+        self._rows: list[Row] = []
+        self._dropped_unreported = 0
+        self._beat = 0
+        self._last_beat = time.monotonic()
+        self._cpu = time.process_time()
+        # Since the last beat.
+        self._latencies: list[np.ndarray[Any, np.dtype[np.uint32]]] = []
+        self._hits = dict.fromkeys(TIERS, 0)
+        self._errors = 0
+
+    def row(self, row: Row) -> None:
+        if len(self._rows) >= MAX_BUFFERED_ROWS:
+            self._drop(1)
+            return
+        self._rows.append(row)
+
+    def say(self, event: Event, *, causation_id: str | None = None) -> None:
+        if not self._writer.offer(event, causation_id=causation_id):
+            counter("mlcdn_events_dropped_total").labels(event.kind).inc()
+
+    def flush(self) -> None:
+        """Everything since the last flush, in batches that the topic takes."""
+        rows, self._rows = self._rows, []
+        for start in range(0, len(rows), MAX_ROWS):
+            self._flush(rows[start : start + MAX_ROWS])
+
+    def beat(self) -> None:
+        self.flush()
+        now = time.monotonic()
+        interval, self._last_beat = max(now - self._last_beat, 1e-3), now
+        latencies = np.concatenate(self._latencies) if self._latencies else np.zeros(0, np.uint32)
+        p50, p99 = np.percentile(latencies, (50, 99)) / 1e3 if len(latencies) else (0.0, 0.0)
+        cpu = time.process_time()
+        busy, self._cpu = (cpu - self._cpu) / interval, cpu
+        capacity = self.identity.capacity
+        standing = self._standing()
+        self._beat += 1
+        self.say(
+            NodeBeat(
+                **self.identity.fleet(),
+                beat=self._beat,
+                url=self.identity.url,
+                location=self.identity.location,
+                capacity=capacity,
+                # Without a known capacity: the share of one core that the worker used.
+                load=min(1.0, len(latencies) / interval / capacity if capacity else busy),
+                in_flight=standing.in_flight,
+                queue=standing.queue,
+                requests=len(latencies),
+                errors=self._errors,
+                p50_ms=float(p50),
+                p99_ms=float(p99),
+                hits={tier: count for tier, count in self._hits.items() if count},
+                positions=standing.positions,
+                models=standing.models,
+                desired_digest=standing.desired_digest,
+                draining=standing.draining,
+            )
+        )
+        self._show_hit_rates()
+        self._latencies.clear()
+        self._hits = dict.fromkeys(TIERS, 0)
+        self._errors = 0
+
+    def leave(self, cause: str) -> None:
+        self.flush()
+        self.say(NodeLeft(**self.identity.fleet(), cause=cause))
+
+    async def run(self, flush_s: float, beat_s: float) -> None:
+        """Flushes and beats until it is cancelled. Late beats are not made up for."""
+        next_beat = 0.0
+        while True:
+            if (now := time.monotonic()) >= next_beat:
+                self.beat()
+                next_beat = now + beat_s
+            else:
+                self.flush()
+            await asyncio.sleep(min(flush_s, beat_s))
+
+    def _flush(self, rows: list[Row]) -> None:
+        started = min(row.started_ns for row in rows)
+        columns, models = _columns(rows, started)
+        self._count(rows, columns["latency_us"])
+        named: dict[str, Any] = {name: column.tobytes() for name, column in columns.items()}
+        batch = RequestBatch(
+            **self.identity.fleet(),
+            started_at_ms=(started + time.time_ns() - time.perf_counter_ns()) // 1_000_000,
+            rows=len(rows),
+            models=models,
+            dropped=self._dropped_unreported,
+            **named,
+        )
+        if self._writer.offer(batch):
+            self._dropped_unreported = 0
+        else:
+            self._drop(len(rows))
+
+    def _drop(self, rows: int) -> None:
+        self.rows_dropped += rows
+        self._dropped_unreported += rows
+        counter("mlcdn_rows_dropped_total").inc(rows)
+
+    def _count(self, rows: list[Row], latency_us: np.ndarray[Any, Any]) -> None:
+        region = self.identity.region
+        statuses: dict[int, int] = {}
+        models: dict[tuple[str, str, int], int] = {}
+        latency = histogram("cdn_request_latency_seconds")
+        observers = {tier: latency.labels(region, tier) for tier in {r.tier for r in rows}}
+        for row in rows:
+            statuses[row.status] = statuses.get(row.status, 0) + 1
+            if row.model is not None:
+                key = (row.model.name, row.model.version, row.status)
+                models[key] = models.get(key, 0) + 1
+            observers[row.tier].observe(row.latency_ns / 1e9)
+            self._hits[row.tier] += 1
+        for status, n in statuses.items():
+            counter("cdn_requests_total").labels(region, str(status)).inc(n)
+        for (model, version, status), n in models.items():
+            counter("mlcdn_model_requests_total").labels(model, version, str(status)).inc(n)
+        self._errors += sum(n for status, n in statuses.items() if status >= 500)
+        self._latencies.append(latency_us)
+
+    def _show_hit_rates(self) -> None:
+        answered = sum(self._hits.values()) - self._hits["none"]
+        for tier in ("memory", "redis", "disk"):
+            rate = self._hits[tier] / answered if answered else 0.0
+            gauge("cdn_cache_hit_rate").labels(self.identity.region, tier).set(rate)
+
+
+def _columns(rows: list[Row], started: int) -> tuple[Mapping[str, np.ndarray[Any, Any]], tuple[ModelRef, ...]]:
+    """Little-endian columns as `RequestBatch` has them; a value that its width cannot hold becomes the largest."""
+    models: dict[ModelRef, int] = {}
+    values: dict[str, list[int]] = {
+        "start_offset_us": [(r.started_ns - started) // 1_000 for r in rows],
+        "latency_us": [r.latency_ns // 1_000 for r in rows],
+        "tier": [_TIER_INDEX[r.tier] for r in rows],
+        "status": [r.status for r in rows],
+        "model": [NO_MODEL if r.model is None else models.setdefault(r.model, len(models)) for r in rows],
+        "request_bytes": [r.request_bytes for r in rows],
+        "response_bytes": [r.response_bytes for r in rows],
+        "key_hash": [int.from_bytes(r.key[:8], "little") for r in rows],
+    }
+    columns = {
+        name: np.minimum(np.array(values[name], np.uint64), np.uint64(256**width - 1)).astype(f"<u{width}")
+        for name, width in COLUMNS.items()
+    }
+    return columns, tuple(models)

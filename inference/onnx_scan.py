@@ -1,0 +1,235 @@
+"""A static look at ONNX bytes before onnxruntime sees them: refuse what it would accept and must not.
+
+Laws:
+- Nothing outside the bytes may be read because of them. onnxruntime follows a hard link to a secret, a file in the
+  working directory and even a memory address (`*/_ORT_MEM_ADDR_/*`) that a tensor names as its external data: any such
+  tensor is refused, wherever it stands.
+- The walk follows the descriptors of the schema, so a new field that can hold a tensor is walked without being named
+  here; and a message with fields that this schema does not know is refused, because what was not read was not checked.
+- onnxruntime picks its other format, a flatbuffer, by four bytes; such a file would pass the walk unread and is
+  refused.
+- A refusal says what and where (tensor, node, attribute); never the location that was named, since that is a path.
+
+It must not know onnxruntime, files or releases. The digest is the caller's to check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import msgspec
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx import TensorProto
+
+from schemas.errors import ModelRefused
+
+DEFAULT_DOMAIN: Final = "ai.onnx"
+# What onnxruntime 1.32 supports; a newer one is refused by it too. A test holds this against the installed one.
+MAX_OPSETS: Final = ((DEFAULT_DOMAIN, 28), ("ai.onnx.ml", 5), ("com.microsoft", 1))
+MAX_IR_VERSION: Final = 14
+MAX_PROTOBUF_BYTES: Final = 2**31 - 1
+
+# Each runs a graph an unknown number of times, so how long a run takes is not known from how long one took.
+CONTROL_FLOW: Final = frozenset(
+    {"Loop", "Scan", "If", "SequenceMap", "BeamSearch", "GreedySearch", "Sampling", "WhisperBeamSearch"}
+)
+# Operators of an allowed domain that name files or code outside the model.
+NAMES_OUTSIDE: Final = frozenset({"EPContext", "PythonOp", "PythonOpGrad", "ATen", "ExternalGraph"})
+
+_MAGIC: Final = (
+    (0, b"PK\x03\x04", "a zip archive"),
+    (0, b"PK\x05\x06", "a zip archive"),
+    (0, b"\x1f\x8b", "gzip data"),
+    (0, b"\x28\xb5\x2f\xfd", "zstd data"),
+    (0, b"\x89HDF", "an HDF5 file"),
+    (0, b"\x7fELF", "a program"),
+    (0, b"{", "JSON text"),
+    (0, b"version https://git-lfs", "a Git LFS pointer"),
+    (4, b"ORTM", "a model in onnxruntime's own format"),
+    (4, b"TFL3", "a TensorFlow Lite model"),
+    *((0, bytes((0x80, protocol)), "a pickle") for protocol in range(2, 6)),
+)
+
+
+class ScanLimits(msgspec.Struct, frozen=True):
+    """How large an artifact may be; the memory of the machine is the trial's business."""
+
+    max_file_bytes: int = MAX_PROTOBUF_BYTES
+    max_initializer_bytes: int = MAX_PROTOBUF_BYTES
+    max_nodes: int = 100_000
+    max_ir_version: int = MAX_IR_VERSION
+    max_opsets: tuple[tuple[str, int], ...] = MAX_OPSETS  # also the list of allowed operator domains
+
+
+DEFAULT_LIMITS: Final = ScanLimits()
+
+
+class ModelSummary(msgspec.Struct, frozen=True):
+    ir_version: int
+    opsets: tuple[tuple[str, int], ...]
+    node_count: int  # in every graph and function, however deep
+    initializer_bytes: int
+    has_control_flow: bool
+    producer: str
+    zipmaps: tuple[tuple[str, tuple[int | str, ...]], ...]  # value name → class labels, in the order of the columns
+    unranked: tuple[str, ...]  # inputs and outputs without a shape; onnxruntime reports them like scalars
+
+
+class _Step:
+    """One message on the way down, and how it was reached; a place is spelled out only when something is refused."""
+
+    __slots__ = ("message", "parent")
+
+    def __init__(self, message: Any, parent: _Step | None) -> None:
+        self.message = message
+        self.parent = parent
+
+    def place(self) -> str:
+        words = []
+        step: _Step | None = self
+        while step is not None and step.parent is not None:
+            kind = step.message.DESCRIPTOR.name.removesuffix("Proto").lower()
+            name = getattr(step.message, "name", "") or getattr(step.message, "op_type", "")
+            words.append(f"{kind} {_quoted(name)}" if name else kind)
+            step = step.parent
+        return " in ".join(words)
+
+
+def scan(data: bytes, limits: ScanLimits = DEFAULT_LIMITS) -> ModelSummary:
+    """What the model says about itself; ModelRefused if it must not be loaded."""
+    model = _parse(data, limits)
+    opsets = _check_versions(model, limits)
+    domains = {domain for domain, _ in limits.max_opsets}
+    functions = {(f.domain, f.name) for f in model.functions}
+    nodes = tensor_bytes = 0
+    control_flow = False
+    for step in _walk(model):
+        message = step.message
+        if isinstance(message, TensorProto):
+            if message.data_location == TensorProto.EXTERNAL or message.external_data:
+                raise ModelRefused(f"external data is not allowed: {step.place()}")
+            tensor_bytes += message.ByteSize()
+            if tensor_bytes > limits.max_initializer_bytes:
+                raise ModelRefused(f"its tensors hold more than {limits.max_initializer_bytes} bytes")
+        elif isinstance(message, onnx.NodeProto):
+            nodes += 1
+            if nodes > limits.max_nodes:
+                raise ModelRefused(f"it has more than {limits.max_nodes} nodes")
+            control_flow = control_flow or message.op_type in CONTROL_FLOW
+            _check_operator(step, domains, functions)
+    return ModelSummary(
+        ir_version=model.ir_version,
+        opsets=opsets,
+        node_count=nodes,
+        initializer_bytes=tensor_bytes,
+        has_control_flow=control_flow,
+        producer=f"{model.producer_name} {model.producer_version}".strip()[:100],
+        zipmaps=tuple(_zipmaps(model.graph)),
+        unranked=tuple(
+            value.name
+            for value in (*model.graph.input, *model.graph.output)
+            if not value.type.tensor_type.HasField("shape")
+            and not value.type.optional_type.elem_type.tensor_type.HasField("shape")
+        ),
+    )
+
+
+def _parse(data: bytes, limits: ScanLimits) -> Any:
+    if not data:
+        raise ModelRefused("the file is empty")
+    if len(data) > limits.max_file_bytes:
+        raise ModelRefused(f"the file has {len(data)} bytes, more than the {limits.max_file_bytes} allowed")
+    for offset, magic, what in _MAGIC:
+        if data.startswith(magic, offset):
+            raise ModelRefused(f"not an ONNX model but {what}")
+    if data[:256].lstrip().startswith(b"<"):
+        raise ModelRefused("not an ONNX model but HTML or XML text")
+    try:
+        model = onnx.ModelProto.FromString(data)
+    except DecodeError:
+        raise ModelRefused("not a whole ONNX model: the bytes are truncated, damaged or of another format") from None
+    size = model.ByteSize()
+    model.DiscardUnknownFields()
+    if model.ByteSize() != size:
+        raise ModelRefused("it has fields that the ONNX schema here does not know: damaged, or from a newer exporter")
+    if model.ir_version < 1 or not model.HasField("graph") or not model.graph.output:
+        raise ModelRefused("not a whole ONNX model: it has no version, no graph or no output")
+    return model
+
+
+def _check_versions(model: Any, limits: ScanLimits) -> tuple[tuple[str, int], ...]:
+    if model.ir_version > limits.max_ir_version:
+        raise ModelRefused(
+            f"its IR version {model.ir_version} is above {limits.max_ir_version}, the newest served here"
+        )
+    if not model.opset_import:
+        raise ModelRefused("not a whole ONNX model: it imports no operator set")
+    newest = dict(limits.max_opsets)
+    for owner in (model, *model.functions):
+        for opset in owner.opset_import:
+            domain = opset.domain or DEFAULT_DOMAIN
+            if not 1 <= opset.version <= newest.get(domain, 2**31):
+                known = newest.get(domain, "any")
+                raise ModelRefused(
+                    f"operator set {_quoted(domain)} {opset.version} is not supported, newest is {known}"
+                )
+    return tuple(sorted((o.domain or DEFAULT_DOMAIN, int(o.version)) for o in model.opset_import))
+
+
+def _check_operator(step: _Step, domains: set[str], functions: set[tuple[str, str]]) -> None:
+    node = step.message
+    # A function of the model itself may stand in any domain: its body is in the bytes and is walked like the rest.
+    if (node.domain, node.op_type) in functions:
+        return
+    if (node.domain or DEFAULT_DOMAIN) not in domains:
+        operator = _quoted(f"{node.domain}.{node.op_type}")
+        raise ModelRefused(f"operator {operator} is of an unknown domain: {step.place()}; known are {sorted(domains)}")
+    if node.op_type in NAMES_OUTSIDE:
+        raise ModelRefused(f"operator {_quoted(node.op_type)} refers to things outside the model: {step.place()}")
+
+
+def _holders() -> frozenset[str]:
+    """The message types through which a tensor or a node can be reached, from the schema itself."""
+    targets = {TensorProto.DESCRIPTOR.full_name, onnx.NodeProto.DESCRIPTOR.full_name}
+    children: dict[str, set[str]] = {}
+    todo = [onnx.ModelProto.DESCRIPTOR]
+    while todo:
+        kind = todo.pop()
+        if kind.full_name not in children:
+            types = [field.message_type for field in kind.fields if field.message_type is not None]
+            children[kind.full_name] = {t.full_name for t in types}
+            todo += types
+    reached = set(targets)
+    while grown := {name for name, below in children.items() if below & reached} - reached:
+        reached |= grown
+    return frozenset(reached)
+
+
+_HOLDERS: Final = _holders()
+
+
+def _walk(model: Any) -> Iterator[_Step]:
+    # Parsing stops at a depth of 100 messages, so no model makes this stack deep; wide it may be.
+    todo = [_Step(model, None)]
+    while todo:
+        step = todo.pop()
+        yield step
+        for field, value in step.message.ListFields():
+            if field.message_type is not None and field.message_type.full_name in _HOLDERS:
+                todo.extend(_Step(child, step) for child in (value if field.is_repeated else (value,)))
+
+
+def _zipmaps(graph: Any) -> Iterator[tuple[str, tuple[int | str, ...]]]:
+    for node in graph.node:
+        if node.op_type == "ZipMap" and node.domain == "ai.onnx.ml" and len(node.output) == 1:
+            for attribute in node.attribute:
+                if attribute.name == "classlabels_int64s" and attribute.ints:
+                    yield node.output[0], tuple(attribute.ints)
+                elif attribute.name == "classlabels_strings" and attribute.strings:
+                    yield node.output[0], tuple(s.decode("utf-8", "replace") for s in attribute.strings)
+
+
+def _quoted(name: str) -> str:
+    return repr(name if len(name) <= 120 else name[:119] + "…")

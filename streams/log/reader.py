@@ -1,0 +1,222 @@
+"""Reading Kafka: by assignment, never by group, so a read leaves no trace.
+
+Laws: reads are `read_uncommitted`, as aiokafka's are, so two readers of ours never see two logs; every call is bounded in
+time; a topic that is not there is `NotFound`, a broker that does not answer `Unreachable`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import closing
+from typing import Any, Final
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka import Message as Delivered
+from confluent_kafka.admin import AdminClient
+
+from schemas.errors import MlcdnError, NotFound, Unreachable
+from streams.log.client import QUIET, forward_logs
+from streams.log.record import Record
+from streams.log.record import TopicPartition as OurPartition
+
+_TIMEOUT_S: Final = 10.0
+_STALL_S: Final = 30.0
+_BATCH: Final = 2_000
+_TAIL_QUEUE: Final = 2_000
+
+
+class KafkaReader:
+    """One per process is enough; its calls may come from any thread."""
+
+    def __init__(self, bootstrap: str, *, security: Mapping[str, str] | None = None) -> None:
+        self._bootstrap = bootstrap
+        self._settings: dict[str, Any] = {**QUIET, "bootstrap.servers": bootstrap, **(security or {})}
+        self._admin: AdminClient | None = None
+        self._lock = threading.Lock()
+
+    def topic_id(self, topic: str) -> str:
+        with self._lock:
+            if self._admin is None:
+                self._admin = AdminClient(self._settings, logger=forward_logs())
+            admin = self._admin
+        try:
+            described = admin.describe_topics(TopicCollection([topic]), request_timeout=_TIMEOUT_S)[topic].result()
+        except KafkaException as error:
+            raise self._translated(error, topic) from error
+        return str(described.topic_id)
+
+    def partitions(self, topic: str) -> int:
+        with closing(self._consumer()) as consumer:
+            return self._partitions(consumer, topic)
+
+    def watermarks(self, topic: str, partition: int) -> tuple[int, int]:
+        with closing(self._consumer()) as consumer:
+            return self._watermarks(consumer, topic, partition)
+
+    def offset_at(self, topic: str, partition: int, timestamp_ms: int) -> int:
+        with closing(self._consumer()) as consumer:
+            try:
+                [found] = consumer.offsets_for_times(
+                    [TopicPartition(topic, partition, timestamp_ms)], timeout=_TIMEOUT_S
+                )
+            except KafkaException as error:
+                raise self._translated(error, topic) from error
+            return int(found.offset) if found.offset >= 0 else self._watermarks(consumer, topic, partition)[1]
+
+    def read(self, topic: str, partition: int, start: int = 0, end: int | None = None) -> Iterator[Record]:
+        with closing(self._consumer()) as consumer:
+            low, high = self._watermarks(consumer, topic, partition)
+            position = max(start, low)
+            stop = high if end is None else min(end, high)
+            if position >= stop:
+                return
+            consumer.assign([TopicPartition(topic, partition, position)])
+            waited = 0.0
+            while position < stop:
+                batch = consumer.consume(min(_BATCH, stop - position), 0.05)
+                waited = 0.0 if batch else waited + 0.05
+                if waited > _STALL_S:
+                    raise Unreachable("Kafka", self._bootstrap, f"{topic} stood still at {position} of {stop}")
+                for message in batch:
+                    error = message.error()
+                    if error is not None:
+                        if error.code() == KafkaError._PARTITION_EOF:
+                            return
+                        if error.fatal() or not error.retriable():
+                            self._raise_unless_passing(error, topic)
+                        continue
+                    record = _record(message)
+                    if record.offset >= stop:
+                        return
+                    position = record.offset + 1
+                    yield record
+
+    async def tail(self, starts: Mapping[OurPartition, int]) -> AsyncIterator[Record]:
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[list[Record] | MlcdnError] = asyncio.Queue()
+        room = threading.Semaphore(_TAIL_QUEUE)
+        closed = threading.Event()
+        thread = threading.Thread(
+            target=self._pump,
+            args=(dict(starts), loop, queue, room, closed),
+            name="log-tail",
+            daemon=True,
+        )
+        thread.start()
+        try:
+            while True:
+                batch = await queue.get()
+                if isinstance(batch, MlcdnError):
+                    raise batch
+                for record in batch:
+                    yield record
+                    room.release()
+        finally:
+            closed.set()
+            room.release()
+            await asyncio.to_thread(thread.join, 5.0)
+
+    def _pump(
+        self,
+        starts: dict[OurPartition, int],
+        loop: asyncio.AbstractEventLoop,
+        queue: asyncio.Queue[list[Record] | MlcdnError],
+        room: threading.Semaphore,
+        closed: threading.Event,
+    ) -> None:
+        def hand_over(item: list[Record] | MlcdnError) -> None:
+            if not closed.is_set():
+                try:
+                    loop.call_soon_threadsafe(queue.put_nowait, item)
+                except RuntimeError:
+                    # The loop ended without closing the iterator; there is nobody to hand anything to.
+                    closed.set()
+
+        with closing(self._consumer()) as consumer:
+            consumer.assign([TopicPartition(topic, partition, start) for (topic, partition), start in starts.items()])
+            while not closed.is_set():
+                # A short wait bounds what `close` costs; new records end it early.
+                first = consumer.poll(0.05)
+                if first is None:
+                    continue
+                records = []
+                for message in [first, *consumer.consume(_BATCH, 0)]:
+                    error = message.error()
+                    if error is None:
+                        records.append(_record(message))
+                    elif error.fatal() or error.code() in _NOT_THERE:
+                        hand_over(self._translated(KafkaException(error), message.topic() or "?"))
+                        return
+                for _ in records:
+                    room.acquire()
+                    if closed.is_set():
+                        return
+                if records:
+                    hand_over(records)
+
+    def _consumer(self) -> Consumer:
+        return Consumer(
+            {
+                **self._settings,
+                "group.id": "mlcdn-unused",
+                "enable.auto.commit": False,
+                "enable.auto.offset.store": False,
+                "auto.offset.reset": "earliest",
+                "isolation.level": "read_uncommitted",
+                "enable.partition.eof": True,
+                "fetch.queue.backoff.ms": 5,
+                "fetch.wait.max.ms": 100,
+                "reconnect.backoff.ms": 50,
+                "reconnect.backoff.max.ms": 1_000,
+            },
+            logger=forward_logs(),
+        )
+
+    def _watermarks(self, consumer: Consumer, topic: str, partition: int) -> tuple[int, int]:
+        try:
+            low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=_TIMEOUT_S)
+        except KafkaException as error:
+            raise self._translated(error, topic) from error
+        return int(low), int(high)
+
+    def _partitions(self, consumer: Consumer, topic: str) -> int:
+        try:
+            found = consumer.list_topics(topic, timeout=_TIMEOUT_S).topics[topic]
+        except KafkaException as error:
+            raise self._translated(error, topic) from error
+        if found.error is not None:
+            raise self._translated(KafkaException(found.error), topic)
+        return len(found.partitions)
+
+    def _raise_unless_passing(self, error: KafkaError, topic: str) -> None:
+        if error.code() in (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT):
+            return
+        raise self._translated(KafkaException(error), topic)
+
+    def _translated(self, error: KafkaException, topic: str) -> MlcdnError:
+        what: KafkaError = error.args[0]
+        if what.code() in _NOT_THERE:
+            return NotFound(f"no topic {topic} at {self._bootstrap}; mlcdn topics apply creates it")
+        return Unreachable("Kafka", self._bootstrap, what.str())
+
+
+_NOT_THERE: Final = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION)
+
+
+def _record(message: Delivered) -> Record:
+    return Record(
+        topic=message.topic() or "",
+        partition=message.partition() or 0,
+        offset=message.offset() or 0,
+        timestamp_ms=message.timestamp()[1],
+        key=message.key(),
+        value=message.value(),
+        headers=_headers(message.headers()),
+    )
+
+
+def _headers(raw: object) -> tuple[tuple[str, bytes | None], ...]:
+    """As a consumer gives them: a list of pairs, or nothing."""
+    return tuple(raw) if isinstance(raw, list) else ()
