@@ -210,7 +210,7 @@ def run_trial(
     atol: float = golden.ATOL,
     limits: TrialLimits = _DEFAULT,
 ) -> TrialReport:
-    """One trial with a server of its own, for a command that needs no more. Blocks; the start takes about half a second."""
+    """One trial with a server of its own, for a command that needs no more. Blocks, for 0.2 s and the trial."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         try:

@@ -30,6 +30,7 @@ from inference.batchable import check_batchable, sample
 from inference.deadlines import Deadline
 from inference.golden import Golden, GoldenRefused, check_names, compare, read_golden
 from inference.onnx_model import Array, OnnxModel, RunFailed, SessionSettings
+from inference.runtime import reason_of
 from inference.trial_report import MAX_FRAME, TrialLimits, TrialReport, TrialRequest
 from schemas.errors import BadTensor, DeadlineExceeded, MlcdnError, ModelRefused
 
@@ -133,7 +134,7 @@ def _try(request: TrialRequest, has_golden: bool) -> TrialReport:
     except MlcdnError as error:
         report = msgspec.structs.replace(report, reason=str(error))
     except Exception as error:  # noqa: BLE001 - a model must not find an exception that leaves it without a verdict
-        report = msgspec.structs.replace(report, reason=f"the trial failed: {type(error).__name__}")
+        report = msgspec.structs.replace(report, reason=f"the trial failed: {reason_of(error)}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
     return msgspec.structs.replace(report, peak_rss_bytes=peak, model_rss_bytes=max(0, peak - before))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ def mlp_bytes(seed: int, dims: tuple[int, ...] = (32, 128, 128, 8)) -> bytes:
     """`features` FP32 [N, dims[0]] → `scores` FP32 [N, dims[-1]]; another seed is another model."""
     rng = np.random.default_rng(seed)
     nodes, initializers, x = [], [], "features"
-    for i, (rows, columns) in enumerate(zip(dims, dims[1:], strict=False)):
+    for i, (rows, columns) in enumerate(itertools.pairwise(dims)):
         last = i == len(dims) - 2
         weights = (rng.standard_normal((rows, columns)) / np.sqrt(rows)).astype(np.float32)
         bias = rng.standard_normal(columns).astype(np.float32)

@@ -71,6 +71,7 @@ def fold(state: Releases, record: Record) -> Step[Releases]:
 
 
 def _apply(state: Releases, event: Event, cause: str) -> Releases:
+    wanted: Wanted | None
     match event:
         case TrustChanged():
             return msgspec.structs.replace(state, trust=trusting.changed(state.trust, event, state.position))

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 import msgspec
 
-from schemas import codec, signing
+from schemas import codec, signing, topics
 from schemas.codec import Envelope
 from schemas.errors import EventRefused, Refusal
 from schemas.events import CacheInvalidated, TrustChanged
@@ -48,7 +48,7 @@ def admit(trust: Trust, record: Record) -> Envelope:
     """
     if record.value is None:  # 1
         raise EventRefused(Refusal.TOMBSTONE)
-    if len(record.value) > codec.TOPICS[record.topic].max_bytes:
+    if len(record.value) > topics.TOPICS[record.topic].max_bytes:
         raise EventRefused(Refusal.TOO_LARGE, f"{len(record.value)} bytes")
     keyid = signing.signer(record.headers)  # 2
     root = next((r for r in trust.roots if signing.key_id(r) == keyid), None)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from zlib import crc32
 
 from schemas.codec import Headers, Message
@@ -95,7 +95,7 @@ class LocalLog:
         records = self._at(topic, partition)
         yield from records[start : len(records) if end is None else end]
 
-    async def tail(self, starts: Mapping[TopicPartition, int]) -> AsyncIterator[Record]:
+    async def tail(self, starts: Mapping[TopicPartition, int]) -> AsyncGenerator[Record]:
         following = dict(starts)
         while True:
             appended = self._appended

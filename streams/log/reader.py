@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import closing
 from typing import Any, Final
 
@@ -93,7 +93,7 @@ class KafkaReader:
                     position = record.offset + 1
                     yield record
 
-    async def tail(self, starts: Mapping[OurPartition, int]) -> AsyncIterator[Record]:
+    async def tail(self, starts: Mapping[OurPartition, int]) -> AsyncGenerator[Record]:
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[list[Record] | MlcdnError] = asyncio.Queue()
         room = threading.Semaphore(_TAIL_QUEUE)

@@ -6,7 +6,7 @@ record; a record is *appended* when the log has acknowledged it, and *offered* w
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from typing import Protocol
 
 import msgspec
@@ -58,5 +58,5 @@ class LogReader(Protocol):
     def read(self, topic: str, partition: int, start: int = 0, end: int | None = None) -> Iterator[Record]:
         """Records from `start` (or the low watermark) up to, not including, `end` (default: the high watermark now)."""
 
-    def tail(self, starts: Mapping[TopicPartition, int]) -> AsyncIterator[Record]:
+    def tail(self, starts: Mapping[TopicPartition, int]) -> AsyncGenerator[Record]:
         """Records from the given positions on, as they come, until the iterator is closed."""

@@ -1,0 +1,124 @@
+"""The first and last thing a request meets: what no route should have to refuse, and the metric row of what was answered.
+
+Laws:
+- Host, path and header limits are checked here for every route, because the HTTP parser below lets all of them through:
+  no Host or two, `..`, encoded slashes and NULs, 200 kB of headers.
+- A row is written for each request that a route marked with `note`, whatever its status, and never delays the answer.
+- While draining every answer closes its connection, so that the client's next request goes elsewhere.
+
+It must not know what a request asks.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from edge_node.serving.reporter import Row
+from schemas.events import ModelRef
+
+MAX_HEADERS: Final = 100
+MAX_HEADER_BYTES: Final = 32 * 1024
+MAX_PATH_BYTES: Final = 1_024
+_HOST: Final = re.compile(rb"(?:[A-Za-z0-9._~-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
+# Empty and dot segments; encoded dot, slash, backslash, NUL and percent; anything that is not printable ASCII.
+_UNSAFE: Final = re.compile(rb"//|/\.\.?(?:/|$)|%(?:2[efEF]|5[cC]|00|25)|[^!-~]")
+_NOTE: Final = "mlcdn.note"
+
+
+class Note(msgspec.Struct):
+    """What a route knows of its request, for the row."""
+
+    tier: str = "none"
+    model: ModelRef | None = None
+    key: bytes = b""
+    request_bytes: int = 0
+
+
+def note(scope: Scope) -> Note:
+    """Marks the request as one that counts."""
+    made = Note()
+    scope[_NOTE] = made
+    return made
+
+
+class Gate:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        row: Callable[[Row], None],
+        draining: Callable[[], bool],
+        headers: tuple[tuple[bytes, bytes], ...],
+    ) -> None:
+        self._app, self._row, self._draining, self._headers = app, row, draining, headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter_ns()
+        status, sent = 500, 0
+
+        async def watched(message: Message) -> None:
+            nonlocal status, sent
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], *self._headers]
+                if self._draining():
+                    message["headers"].append((b"connection", b"close"))
+            elif message["type"] == "http.response.body":
+                sent += len(message.get("body", b""))
+            await send(message)
+
+        refusal = _refusal(scope)
+        if refusal is not None:
+            await _refuse(watched, *refusal)
+            return
+        try:
+            await self._app(scope, receive, watched)
+        finally:
+            made: Note | None = scope.get(_NOTE)
+            if made is not None:
+                latency = time.perf_counter_ns() - started
+                self._row(
+                    Row(
+                        started_ns=started,
+                        latency_ns=latency,
+                        tier=made.tier,
+                        status=status,
+                        model=made.model,
+                        request_bytes=made.request_bytes,
+                        response_bytes=sent,
+                        key=made.key,
+                    )
+                )
+
+
+def _refusal(scope: Scope) -> tuple[int, str] | None:
+    headers: list[tuple[bytes, bytes]] = scope["headers"]
+    if len(headers) > MAX_HEADERS or sum(len(k) + len(v) for k, v in headers) > MAX_HEADER_BYTES:
+        return 431, f"more than {MAX_HEADERS} headers, or {MAX_HEADER_BYTES} bytes of them"
+    hosts = [value for name, value in headers if name == b"host"]
+    if len(hosts) != 1 or not _HOST.fullmatch(hosts[0]):
+        return 400, "a request has exactly one valid Host header"
+    path = (scope.get("raw_path") or scope["path"].encode()).partition(b"?")[0]
+    if len(path) > MAX_PATH_BYTES:
+        return 414, f"the path is longer than {MAX_PATH_BYTES} bytes"
+    if not path.startswith(b"/") or _UNSAFE.search(path):
+        return 400, "the path is not a plain path"
+    return None
+
+
+async def _refuse(send: Send, status: int, message: str) -> None:
+    body = msgspec.json.encode({"error": message})
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    # What is left of the request is not read.
+    headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
