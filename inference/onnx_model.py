@@ -31,6 +31,8 @@ from inference.onnx_scan import DEFAULT_LIMITS, ModelSummary, ScanLimits, scan
 from inference.runtime import FAILURES, LOG_FATAL, InvalidArgument, is_out_of_memory, onnxruntime, reason_of
 from schemas.errors import BadTensor, DeadlineExceeded, MlcdnError, ModelRefused
 
+_NO_MEMORY = "not enough memory to load it"
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -98,7 +100,10 @@ class OnnxModel:
         actual = hashlib.sha256(data).hexdigest()
         if actual != sha256.lower():
             raise ModelRefused(f"its SHA-256 is {actual}, not {sha256.lower()}")
-        summary = scan(data, settings.scan_limits)
+        try:
+            summary = scan(data, settings.scan_limits)
+        except MemoryError as error:
+            raise ModelRefused(_NO_MEMORY) from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = settings.intra_op_threads
         options.inter_op_num_threads = settings.inter_op_threads
@@ -110,9 +115,12 @@ class OnnxModel:
             session = onnxruntime.InferenceSession(data, options, providers=list(settings.providers))
         except (InvalidArgument, *FAILURES) as error:
             if is_out_of_memory(error):
-                raise ModelRefused("not enough memory to load it") from error
+                raise ModelRefused(_NO_MEMORY) from error
             raise ModelRefused(f"onnxruntime cannot load it: {reason_of(error)}") from error
-        return cls(session, actual, summary, len(data))
+        try:
+            return cls(session, actual, summary, len(data))
+        except UnicodeError as error:
+            raise ModelRefused("the name of an input or output is not UTF-8") from error
 
     def validate_inputs(self, inputs: Mapping[str, Array]) -> None:
         """BadTensor unless names, types, ranks, fixed dimensions and string elements are what the signature says."""

@@ -129,10 +129,10 @@ def scan(data: bytes, limits: ScanLimits = DEFAULT_LIMITS) -> ModelSummary:
         node_count=nodes,
         initializer_bytes=tensor_bytes,
         has_control_flow=control_flow,
-        producer=f"{model.producer_name} {model.producer_version}".strip()[:100],
+        producer=f"{_text(model.producer_name)} {_text(model.producer_version)}".strip()[:100],
         zipmaps=tuple(_zipmaps(model.graph)),
         unranked=tuple(
-            value.name
+            _text(value.name)
             for value in (*model.graph.input, *model.graph.output)
             if not value.type.tensor_type.HasField("shape")
             and not value.type.optional_type.elem_type.tensor_type.HasField("shape")
@@ -152,7 +152,10 @@ def _parse(data: bytes, limits: ScanLimits) -> Any:
         raise ModelRefused("not an ONNX model but HTML or XML text")
     try:
         model = onnx.ModelProto.FromString(data)
-    except DecodeError:
+    except DecodeError as error:
+        # protobuf has one exception for both; a good model must not be called damaged where memory was short.
+        if "alloc failed" in str(error):
+            raise MemoryError from error
         raise ModelRefused("not a whole ONNX model: the bytes are truncated, damaged or of another format") from None
     if model.ir_version < 1 or not model.HasField("graph") or not model.graph.output:
         raise ModelRefused("not a whole ONNX model: it has no version, no graph or no output")
@@ -169,13 +172,13 @@ def _check_versions(model: Any, limits: ScanLimits) -> tuple[tuple[str, int], ..
     newest = dict(limits.max_opsets)
     for owner in (model, *model.functions):
         for opset in owner.opset_import:
-            domain = opset.domain or DEFAULT_DOMAIN
+            domain = _text(opset.domain) or DEFAULT_DOMAIN
             if not 1 <= opset.version <= newest.get(domain, 2**31):
                 known = newest.get(domain, "any")
                 raise ModelRefused(
                     f"operator set {_quoted(domain)} {opset.version} is not supported, newest is {known}"
                 )
-    return tuple(sorted((o.domain or DEFAULT_DOMAIN, int(o.version)) for o in model.opset_import))
+    return tuple(sorted((_text(o.domain) or DEFAULT_DOMAIN, int(o.version)) for o in model.opset_import))
 
 
 def _check_operator(step: _Step, domains: set[str], functions: set[tuple[str, str]]) -> None:
@@ -184,24 +187,24 @@ def _check_operator(step: _Step, domains: set[str], functions: set[tuple[str, st
     if (node.domain, node.op_type) in functions:
         return
     if (node.domain or DEFAULT_DOMAIN) not in domains:
-        operator = _quoted(f"{node.domain}.{node.op_type}")
+        operator = _quoted(f"{_text(node.domain)}.{_text(node.op_type)}")
         raise ModelRefused(f"operator {operator} is of an unknown domain: {step.place()}; known are {sorted(domains)}")
     if node.op_type in NAMES_OUTSIDE:
         raise ModelRefused(f"operator {_quoted(node.op_type)} refers to things outside the model: {step.place()}")
 
 
 def _declared_bytes(step: _Step) -> int:
-    # Not ByteSize(), which serializes: 90 ms for 100 MB. A tensor that declares more than it holds is refused when loaded.
+    # Not ByteSize(), which serializes: 90 ms for 100 MB. onnxruntime refuses a tensor that declares more than it holds.
     tensor = step.message
     if any(size < 0 for size in tensor.dims):
         raise ModelRefused(f"a negative dimension: {step.place()}")
     if tensor.data_type == TensorProto.STRING:
-        return sum(map(len, tensor.string_data))
+        return sum(len(text) for text in tensor.string_data)
     try:
         size = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     except (KeyError, ValueError, TypeError):
         raise ModelRefused(f"element type {tensor.data_type} is unknown: {step.place()}") from None
-    return math.prod(tensor.dims) * int(size)
+    return int(math.prod(tensor.dims) * size)
 
 
 def _holders() -> frozenset[str]:
@@ -242,10 +245,16 @@ def _zipmaps(graph: Any) -> Iterator[tuple[str, tuple[int | str, ...]]]:
         if node.op_type == "ZipMap" and node.domain == "ai.onnx.ml" and len(node.output) == 1:
             for attribute in node.attribute:
                 if attribute.name == "classlabels_int64s" and attribute.ints:
-                    yield node.output[0], tuple(attribute.ints)
+                    yield _text(node.output[0]), tuple(attribute.ints)
                 elif attribute.name == "classlabels_strings" and attribute.strings:
-                    yield node.output[0], tuple(s.decode("utf-8", "replace") for s in attribute.strings)
+                    yield _text(node.output[0]), tuple(_text(s) for s in attribute.strings)
 
 
-def _quoted(name: str) -> str:
+def _text(name: str | bytes) -> str:
+    """protobuf hands out a name that is not UTF-8 as bytes."""
+    return name if isinstance(name, str) else name.decode("utf-8", "replace")
+
+
+def _quoted(name: str | bytes) -> str:
+    name = _text(name)
     return repr(name if len(name) <= 120 else name[:119] + "…")

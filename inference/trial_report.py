@@ -35,8 +35,8 @@ class TrialUnavailable(MlcdnError):
 class TrialLimits(msgspec.Struct, frozen=True):
     """What a child may use. Its address space is what it was forked with, `memory_factor` × file, and the budget.
 
-    Loading and running n bytes of dense weights was measured to take up to 4.7 n (the bytes, onnxruntime's parsed copy, its
-    tensors, its packed weights) and 20 MiB.
+    Loading and running n bytes of dense weights was measured to take up to 4.7 n and 20 MiB: the bytes, onnxruntime's
+    parsed copy, its tensors and its packed weights.
     """
 
     memory_factor: float = 5.0

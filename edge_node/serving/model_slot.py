@@ -38,6 +38,10 @@ class Served:
         self._empty.set()
 
     @property
+    def name(self) -> str:
+        return self.wanted.model
+
+    @property
     def digest(self) -> str:
         return self.wanted.digest
 

@@ -44,6 +44,7 @@ def zipped() -> bytes:
         (b"\x00" * 100, "not a whole ONNX model"),
         (b"\xff" * 100, "not a whole ONNX model"),
     ],
+    ids=str.split("empty zip pickle html json lfs ort zeros ones"),
 )
 def test_other_formats_are_named(data: bytes, words: str) -> None:
     assert words in refusal(data)
@@ -170,6 +171,16 @@ def test_fields_unknown_to_the_schema_are_refused() -> None:
     model = onnx.ModelProto.FromString(models.mlp_bytes(0))
     model.graph.initializer[1].MergeFromString(b"\xc2\x3e\x01x")
     assert "unknown fields in tensor 'b0'" in refusal(model.SerializeToString())
+
+
+def test_names_that_are_no_text_are_refused_like_others() -> None:
+    data = models.identity_bytes()
+    assert "unknown domain" in refusal(
+        models.model_bytes([node("Op", ["x"], ["y"], domain="evilevil")], [], [value("y", FLOAT, ["N"])]).replace(
+            b"evilevil", b"\xff" * 8
+        )
+    )
+    assert scan(data.replace(b"ai.onnx.ml", b"\xff" * 10)).opsets[1][1] == 3
 
 
 def test_custom_operators_are_refused_and_local_functions_are_not() -> None:

@@ -1,0 +1,77 @@
+"""models.json: what the log says should be served, and what workers should serve now. PURE.
+
+The two differ while an artifact is on its way, or was refused: the old release stays in `models` until the new one is
+verified and tried. It must not know how it gets to the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Final
+
+import msgspec
+
+from streams.folds.releases import Wanted
+
+FORMAT: Final = 1
+
+
+class LogIdentity(msgspec.Struct, frozen=True, kw_only=True):
+    """Which log was folded, with which schemas. A topic made again has another id, and then nothing known of it holds."""
+
+    releases_id: str
+    invalidations_id: str
+    catalogue: str
+
+    @property
+    def namespace(self) -> str:
+        """Part of every key in Redis and on disk: entries of another log are never found."""
+        return hashlib.sha256((self.releases_id + self.invalidations_id).encode()).hexdigest()[:16]
+
+
+class BoardModel(msgspec.Struct, frozen=True, kw_only=True):
+    """What workers serve of one model.
+
+    `path` and `golden_path` are relative to the node's directory; `path` is None where the model is `forwarded` to the
+    origin. `slot` is its slot of the fence; `ms` are the agent's phases: download, verify, trial.
+    """
+
+    wanted: Wanted
+    channel: str = "stable"
+    path: str | None = None
+    golden_path: str | None = None
+    slot: int
+    ms: dict[str, float] = {}
+    forwarded: bool = False
+
+
+class BoardFile(msgspec.Struct, frozen=True, kw_only=True):
+    """`policy` is the file's own version and rises with every write; `purges` names the purge log that goes with it.
+
+    `positions` are the last folded ones by topic; `desired` is what the log says, by model; `errors` says why a model in
+    `desired` is not yet, or not so, in `models`.
+    """
+
+    format: int = FORMAT
+    node: str
+    generation: int
+    log: LogIdentity
+    positions: dict[str, int] = {}
+    policy: int = 0
+    purges: str
+    desired: dict[str, Wanted] = {}
+    models: dict[str, BoardModel] = {}
+    errors: dict[str, str] = {}
+
+    def __post_init__(self) -> None:
+        if self.format != FORMAT:
+            raise ValueError(f"format {self.format}, this program reads {FORMAT}")
+
+
+def encode(file: BoardFile) -> bytes:
+    return msgspec.json.encode(file, order="deterministic")
+
+
+def decode(data: bytes) -> BoardFile:
+    """Raises `msgspec.DecodeError` (a `ValueError`) for what is not a whole board file."""
+    return msgspec.json.decode(data, type=BoardFile)
