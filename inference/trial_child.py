@@ -171,7 +171,13 @@ def _measure(model: OnnxModel, golden: Golden | None, limits: TrialLimits, repor
     except DeadlineExceeded:
         # One row was fast enough, so the model may be served; many together were not.
         return msgspec.structs.replace(report, run_ms=run_ms, batchable_reason="a batch ran past the deadline")
-    return msgspec.structs.replace(report, run_ms=run_ms, batchable=batchable.yes, batchable_reason=batchable.reason)
+    return msgspec.structs.replace(
+        report,
+        run_ms=run_ms,
+        batchable=batchable.yes,
+        batchable_reason=batchable.reason,
+        batchable_if_padded=batchable.if_padded,
+    )
 
 
 def _run_ms(model: OnnxModel, inputs: Mapping[str, Array], limits: TrialLimits) -> float | None:

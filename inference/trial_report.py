@@ -72,6 +72,7 @@ class TrialReport(msgspec.Struct, frozen=True):
     has_control_flow: bool = False
     batchable: bool = False
     batchable_reason: str = ""  # why not
+    batchable_if_padded: bool = False  # not batchable, unless a lone row is always run as two of itself
     load_ms: float = 0.0
     run_ms: float | None = None  # one row; None if there were no inputs that the model accepts
     peak_rss_bytes: int = 0  # of the child

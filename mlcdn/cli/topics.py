@@ -37,7 +37,7 @@ def apply_(directory: Dir = DEFAULT_DIR) -> None:
 def list_(json: Json = False, directory: Dir = DEFAULT_DIR) -> None:
     """The catalogue, with each topic's high watermarks."""
     reader = Target.at(directory).reader
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "topic": name,
             "key": topic.key,
@@ -53,7 +53,7 @@ def list_(json: Json = False, directory: Dir = DEFAULT_DIR) -> None:
     else:
         output.table(
             ("topic", "key", "partitions", "signed", "records"),
-            [(r["topic"], r["key"], r["partitions"], r["signed"], sum(map(int, r["high_watermarks"]))) for r in rows],
+            [(r["topic"], r["key"], r["partitions"], r["signed"], sum(r["high_watermarks"])) for r in rows],
         )
 
 

@@ -46,9 +46,7 @@ class TopicAdmin:
 
     def apply(self) -> list[str]:
         """Creates what is missing and sets what differs; a line for each change."""
-        done = []
-        for name in self._create_missing():
-            done.append(f"created {name}")
+        done = [f"created {name}" for name in self._create_missing()]
         for drift in self.drift():
             if drift.what == "partitions":
                 if int(drift.found) < int(drift.wanted):

@@ -16,8 +16,8 @@ def read_to_watermark(
 ) -> dict[TopicPartition, int]:
     """Hands every record over and returns the next position of each partition.
 
-    Partitions merge by (broker timestamp, partition, offset), so a replay has one order. `starts` are positions to begin
-    at; by default each partition's first record.
+    Partitions merge by (broker timestamp, partition, offset), so a replay has one order. `starts` are positions to
+    begin at; by default each partition's first record.
     """
     following = {}
     streams = []

@@ -11,11 +11,11 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from confluent_kafka import KafkaError, Producer
+from confluent_kafka import KafkaError, KafkaException, Producer
 from confluent_kafka import Message as Delivered
 
 from schemas.codec import Message
-from schemas.errors import BadInput, MlcdnError, Unreachable
+from schemas.errors import BadInput, MlcdnError, NotFound, Unreachable
 from streams.log.client import QUIET, forward_logs
 from streams.log.record import Record
 
@@ -58,6 +58,7 @@ class KafkaAppender:
             logger=forward_logs(),
         )
         self.dropped = 0
+        self._counting = threading.Lock()
         self._closing = threading.Event()
         self._poller = threading.Thread(target=self._poll, name=f"{client_id}-poll", daemon=True)
         self._poller.start()
@@ -67,25 +68,30 @@ class KafkaAppender:
         acknowledged: asyncio.Future[Record] = loop.create_future()
 
         def delivered(error: KafkaError | None, record: Delivered) -> None:
-            outcome = _refused(error, self._bootstrap) if error else _record(message, record)
+            outcome = _refused(error, message.topic, self._bootstrap) if error else _record(message, record)
+            if error is not None:
+                self._count_drop()
             try:
                 loop.call_soon_threadsafe(_settle, acknowledged, outcome)
             except RuntimeError:
                 # The loop that asked has ended; nobody waits for the answer any more.
-                self.dropped += bool(error)
+                return
 
         try:
             self._produce(message, delivered)
         except BufferError:
-            self.dropped += 1
+            self._count_drop()
             raise Unreachable("Kafka", self._bootstrap, "the queue of unsent messages is full") from None
+        except KafkaException as error:
+            self._count_drop()
+            raise _refused(error.args[0], message.topic, self._bootstrap) from error
         return await acknowledged
 
     def offer(self, message: Message) -> bool:
         try:
             self._produce(message, self._offered)
-        except BufferError:
-            self.dropped += 1
+        except (BufferError, KafkaException):
+            self._count_drop()
             return False
         return True
 
@@ -96,7 +102,8 @@ class KafkaAppender:
         await asyncio.to_thread(self._poller.join, 2.0)
         if left:
             self._producer.purge()
-            self._producer.poll(0)
+            # Settles whoever still waits for what was purged.
+            await asyncio.to_thread(self._producer.flush, 1.0)
 
     def _produce(self, message: Message, callback: Callable[[KafkaError | None, Delivered], None]) -> None:
         self._producer.produce(
@@ -109,6 +116,11 @@ class KafkaAppender:
 
     def _offered(self, error: KafkaError | None, _: Delivered) -> None:
         if error is not None:
+            self._count_drop()
+
+    def _count_drop(self) -> None:
+        # From the poll thread and from callers: an addition alone is not atomic.
+        with self._counting:
             self.dropped += 1
 
     def _poll(self) -> None:
@@ -137,7 +149,10 @@ def _record(message: Message, delivered: Delivered) -> Record:
     )
 
 
-def _refused(error: KafkaError, bootstrap: str) -> MlcdnError:
-    if error.code() in (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_MSG, KafkaError._INVALID_ARG):
-        return BadInput(f"Kafka refuses the record: {error.str()}")
+def _refused(error: KafkaError, topic: str, bootstrap: str) -> MlcdnError:
+    match error.code():
+        case KafkaError.MSG_SIZE_TOO_LARGE | KafkaError.INVALID_MSG | KafkaError._INVALID_ARG:
+            return BadInput(f"Kafka refuses the record: {error.str()}")
+        case KafkaError.UNKNOWN_TOPIC_OR_PART | KafkaError._UNKNOWN_TOPIC | KafkaError._UNKNOWN_PARTITION:
+            return NotFound(f"no topic {topic} at {bootstrap}; mlcdn topics apply creates it")
     return Unreachable("Kafka", bootstrap, error.str())

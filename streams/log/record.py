@@ -1,7 +1,7 @@
 """A record of the log, and the two ports through which everything else meets the log. PURE.
 
-Words: a *position* is a record's offset in its topic and partition; the *high watermark* is the position after the last
-record; a record is *appended* when the log has acknowledged it, and *offered* when it may still be dropped (and counted).
+Words: a *position* is a record's offset in its topic and partition; the *high watermark* is the position after the
+last record; a record is *appended* when the log has acknowledged it, *offered* when it may be dropped (and counted).
 """
 
 from __future__ import annotations

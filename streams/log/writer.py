@@ -33,7 +33,7 @@ def wall_clock_ms() -> int:
 
 
 class Writer:
-    """`source` is ``/regions/<r>/nodes/<n>`` or ``/operators/<who>``. `signing_key` is needed for signed topics only."""
+    """`source` is ``/regions/<r>/nodes/<n>`` or ``/operators/<who>``. `signing_key`: for signed topics only."""
 
     def __init__(
         self,
@@ -47,8 +47,8 @@ class Writer:
 
     async def append(self, event: Event, *, causation_id: str | None = None, topic: str | None = None) -> Appended:
         """Appends and waits for the acknowledgement. `topic` is needed where a kind may stand in several."""
-        id = str(uuid_utils.uuid7())
-        return Appended(id, await self._appender.append(self._message(event, id, causation_id, topic)))
+        event_id = str(uuid_utils.uuid7())
+        return Appended(event_id, await self._appender.append(self._message(event, event_id, causation_id, topic)))
 
     def offer(self, event: Event, *, causation_id: str | None = None) -> bool:
         """Hands the event over without waiting; False when it was dropped, and the appender has counted it."""
@@ -58,12 +58,12 @@ class Writer:
         """Closes the appender: delivers what is queued, within its bounded time."""
         await self._appender.close()
 
-    def _message(self, event: Event, id: str, causation_id: str | None, topic: str | None) -> Message:
+    def _message(self, event: Event, event_id: str, causation_id: str | None, topic: str | None) -> Message:
         topic = topic or _topic_of(event)
         message = codec.encode(
             event,
             topic=topic,
-            id=id,
+            id=event_id,
             source=self._source,
             now_ms=self._now_ms(),
             causation_id=causation_id,

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import helper, numpy_helper
 
 from inference.golden import write_golden
 from inference.onnx_model import OnnxModel
@@ -251,10 +252,10 @@ def test_a_model_of_nans_is_valid(trial: Runner, tmp_path: Path) -> None:
                 [models.node("Reshape", ["x", "to"], ["y"])],
                 [models.value("x", 1, ["N", 4])],
                 [models.value("y", 1, [None, 1])],
-                [models.helper.make_tensor("to", models.INT64, [2], [-1, 1])],
+                [helper.make_tensor("to", models.INT64, [2], [-1, 1])],
             ),
             False,
-            "has 4 rows for one",
+            "has 4 rows for 1",
         ),
         (
             models.model_bytes(
@@ -284,13 +285,31 @@ def test_which_models_may_share_a_run(trial: Runner, data: bytes, yes: bool, wor
     assert words in report.batchable_reason
 
 
+def test_a_lone_row_may_need_a_twin(trial: Runner) -> None:
+    """The matrix kernel of one row may round otherwise, by processor; then a pair must be found to agree."""
+    rng = np.random.default_rng(0)
+    weights = numpy_helper.from_array(rng.standard_normal((64, 10)).astype(np.float32), "w")
+    data = models.model_bytes(
+        [models.node("MatMul", ["x", "w"], ["y"])],
+        [models.value("x", 1, ["N", 64])],
+        [models.value("y", 1, ["N", 10])],
+        [weights],
+    )
+    report = trial(data)
+    assert report.ok
+    assert report.batchable or report.batchable_if_padded
+    assert not (report.batchable and report.batchable_if_padded)
+    mean = trial(models.mean_over_rows_bytes())
+    assert not mean.batchable_if_padded
+
+
 def test_golden_rows_decide_where_random_ones_are_refused(trial: Runner, tmp_path: Path) -> None:
     # Rows of any length are accepted by the signature, only 7 by the model.
     data = models.model_bytes(
         [models.node("Add", ["x", "w"], ["y"])],
         [models.value("x", 1, ["N", None])],
         [models.value("y", 1, ["N", None])],
-        [models.helper.make_tensor("w", 1, [7], [1.0] * 7)],
+        [helper.make_tensor("w", 1, [7], [1.0] * 7)],
     )
     alone = trial(data)
     assert alone.ok
