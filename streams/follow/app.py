@@ -67,6 +67,14 @@ def build_app(spec: FollowSpec, handle: Callable[[Record], Awaitable[None]]) -> 
     return app
 
 
+def alive(app: Any) -> bool:
+    """What the app says of itself; True proves nothing. A topic whose actor has ended is never read again."""
+    if app.should_stop or app.crashed:
+        return False
+    actors = [ref.actor_task for agent in app.agents.values() for ref in agent._actors]
+    return not any(task is not None and task.done() for task in actors)
+
+
 def _record(message: Any) -> Record:
     headers = message.headers or ()
     pairs = headers.items() if isinstance(headers, Mapping) else headers

@@ -18,7 +18,7 @@ from streams.log.writer import Writer
 
 log = structlog.get_logger(__name__)
 
-_KEY_MAX, _VALUE_MAX, _HEADERS_MAX = 1_024, 1_048_576, 64
+_KEY_MAX, _VALUE_MAX, _HEADERS_MAX, _DETAIL_MAX = 1_024, 1_048_576, 64, 512
 
 
 class DeadLetters:
@@ -39,15 +39,18 @@ class DeadLetters:
         self._room, self._at = float(burst), monotonic()
         self.suppressed = 0
 
-    def reject(self, record: Record, refused: EventRefused) -> None:
+    def reject(self, record: Record, refused: EventRefused, *, again: bool = False) -> bool:
+        """True when it was written down. `again`: an earlier life of this process has done so; counting is enough."""
         metrics.counter("mlcdn_dead_letters_total").labels(record.topic, str(refused.refusal)).inc()
+        if again:
+            return False
         now = self._monotonic()
         self._room = min(self._burst, self._room + (now - self._at) * self._per_second)
         self._at = now
         if self._room < 1:
             self.suppressed += 1
             metrics.counter("mlcdn_dead_letters_suppressed_total").inc()
-            return
+            return False
         self._room -= 1
         log.warning(
             "event rejected",
@@ -55,13 +58,14 @@ class DeadLetters:
             partition=record.partition,
             offset=record.offset,
             refusal=str(refused.refusal),
-            detail=refused.detail,
+            detail=refused.detail[:_DETAIL_MAX],
         )
         try:
-            self._writer.offer(self._letter(record, refused))
+            return self._writer.offer(self._letter(record, refused))
         except MlcdnError as error:
             # The rejection itself stands: the record did not act. Only its copy is lost, and the log line says so.
             log.error("dead letter not written", offset=record.offset, error=str(error))
+            return False
 
     def _letter(self, record: Record, refused: EventRefused) -> EventRejected:
         return EventRejected(
@@ -79,5 +83,5 @@ class DeadLetters:
                 for name, value in record.headers[:_HEADERS_MAX]
             ),
             refusal=str(refused.refusal),
-            detail=refused.detail,
+            detail=refused.detail[:_DETAIL_MAX],
         )

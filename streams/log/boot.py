@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 from streams.log.record import LogReader, Record, TopicPartition
+
+
+def in_order(partitions: Iterable[Iterator[Record]]) -> Iterator[Record]:
+    """One topic's partitions as one sequence, by (broker timestamp, partition, offset): the order of every replay."""
+    return heapq.merge(*partitions, key=lambda r: (r.timestamp_ms, r.partition, r.offset))
 
 
 def read_to_watermark(
@@ -14,10 +19,9 @@ def read_to_watermark(
     fold_one: Callable[[Record], None],
     starts: dict[TopicPartition, int] | None = None,
 ) -> dict[TopicPartition, int]:
-    """Hands every record over and returns the next position of each partition.
+    """Hands every record over, in order, and returns the next position of each partition.
 
-    Partitions merge by (broker timestamp, partition, offset), so a replay has one order. `starts` are positions to
-    begin at; by default each partition's first record.
+    `starts` are positions to begin at; by default each partition's first record.
     """
     following = {}
     streams = []
@@ -26,6 +30,6 @@ def read_to_watermark(
         _, high = reader.watermarks(topic, partition)
         following[(topic, partition)] = max(start, high)
         streams.append(reader.read(topic, partition, start, high))
-    for record in heapq.merge(*streams, key=lambda r: (r.timestamp_ms, r.partition, r.offset)):
+    for record in in_order(streams):
         fold_one(record)
     return following

@@ -51,6 +51,8 @@ class KafkaAppender:
                 "queue.buffering.max.messages": queue_messages,
                 "queue.buffering.max.kbytes": queue_kbytes,
                 "delivery.timeout.ms": int(timeout_s * 1000),
+                # For how long a topic that is not there may be one that is being made; the default is 30 s.
+                "topic.metadata.propagation.max.ms": 5_000,
                 "reconnect.backoff.ms": 50,
                 "reconnect.backoff.max.ms": 1_000,
                 **(security or {}),
