@@ -1,0 +1,137 @@
+"""Models placed at the origin: desired by the log, fetched from the store, kept loaded, asked over HTTP.
+
+Level, not edge: `reconcile` compares what is loaded with what the log wants and does the difference; a failed fetch is
+tried again with growing pauses, and the old version serves on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from inference.deadlines import Deadline
+from inference.onnx_model import Array, OnnxModel, SessionSettings
+from schemas.errors import EventRefused, MlcdnError, NotFound, Overloaded
+from schemas.events import Placement
+from streams.artifacts import ArtifactStore
+from streams.folds import releases
+from streams.folds.releases import Releases, Wanted
+from streams.log.record import Record
+
+log = structlog.get_logger(__name__)
+
+FETCH_S: Final = 300.0
+FIRST_PAUSE_S: Final = 0.5
+LAST_PAUSE_S: Final = 30.0
+
+
+@dataclass(slots=True)
+class Hosted:
+    """A loaded model and how many requests it has in hand."""
+
+    wanted: Wanted
+    model: OnnxModel
+    in_flight: int = 0
+
+
+class Hosting:
+    """One event loop owns it. Runs happen in `threads` threads."""
+
+    def __init__(
+        self,
+        store: ArtifactStore,
+        directory: Path,
+        roots: tuple[bytes, ...],
+        session: SessionSettings,
+        threads: int,
+    ) -> None:
+        self._store, self._directory, self._session = store, directory, session
+        self._state = Releases.initial(roots)
+        self._hosted: dict[str, Hosted] = {}
+        self._changed = asyncio.Event()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="origin-run")
+
+    def on_record(self, record: Record) -> None:
+        step = releases.fold(self._state, record)
+        self._state = step.state
+        self._changed.set()
+        if step.refused is not None:
+            raise EventRefused(step.refused.refusal, step.refused.detail)
+
+    def find(self, model: str) -> Hosted:
+        """`NotFound` when it is not placed here, or not loaded yet."""
+        hosted = self._hosted.get(model)
+        if hosted is None:
+            raise NotFound(f"no model {model} is served at the origin")
+        return hosted
+
+    def models(self) -> dict[str, Hosted]:
+        return dict(self._hosted)
+
+    async def run(self, hosted: Hosted, inputs: dict[str, Array], outputs: tuple[str, ...] | None) -> dict[str, Array]:
+        """One run, within the release's deadline and queue."""
+        limits = hosted.wanted.released.limits
+        if hosted.in_flight >= limits.max_queue:
+            raise Overloaded(f"{limits.max_queue} requests of {hosted.wanted.model} are in hand")
+        hosted.model.validate_inputs(inputs)
+        deadline = Deadline.after(limits.deadline_ms / 1000)
+        hosted.in_flight += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._pool, hosted.model.run, inputs, outputs, deadline)
+        finally:
+            hosted.in_flight -= 1
+
+    async def reconcile_until(self, stop: asyncio.Event) -> None:
+        pause = FIRST_PAUSE_S
+        while not stop.is_set():
+            self._changed.clear()
+            if await self._reconcile():
+                pause = FIRST_PAUSE_S
+                timeout = None
+            else:
+                timeout, pause = pause, min(pause * 2, LAST_PAUSE_S)
+            await _first(self._changed, stop, timeout)
+        self._pool.shutdown(wait=True)
+
+    async def _reconcile(self) -> bool:
+        """False when something could not be done and should be tried again."""
+        wanted = {n: w for n, w in releases.desired(self._state).items() if w.released.placement is not Placement.EDGE}
+        for name in [n for n in self._hosted if n not in wanted]:
+            del self._hosted[name]
+            log.info("model retired", model=name)
+        done = True
+        for name, want in wanted.items():
+            known = self._hosted.get(name)
+            if known is not None and known.wanted == want:
+                continue
+            if known is not None and known.wanted.digest == want.digest:
+                self._hosted[name] = Hosted(want, known.model)
+                continue
+            try:
+                model = await asyncio.to_thread(self._load, want)
+                await asyncio.to_thread(model.warm)
+                self._hosted[name] = Hosted(want, model)
+                log.info("model hosted", model=name, version=want.version, digest=want.digest)
+            except MlcdnError as error:
+                log.warning("model not hosted", model=name, version=want.version, error=str(error))
+                done = done and not error.retryable
+        return done
+
+    def _load(self, want: Wanted) -> OnnxModel:
+        path = self._directory / "artifacts" / f"{want.digest}.onnx"
+        if not path.exists():
+            self._store.fetch(want.released.artifact, path, deadline_s=FETCH_S)
+        return OnnxModel.load(path, want.digest, self._session)
+
+
+async def _first(changed: asyncio.Event, stop: asyncio.Event, timeout: float | None) -> None:
+    waits = [asyncio.create_task(changed.wait()), asyncio.create_task(stop.wait())]
+    await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()

@@ -1,0 +1,103 @@
+"""The origin's process: the composition root."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+import uvicorn
+from starlette.applications import Starlette
+
+from inference.onnx_model import SessionSettings
+from origin import routes
+from origin.admin import Admin
+from origin.hosting import Hosting
+from origin.invalidate import Invalidator
+from origin.publish import Publisher
+from processes import logs
+from processes.http_server import serve_until
+from processes.ports import listen
+from processes.signals import stop_on_signals
+from schemas import settings
+from schemas.errors import SettingsInvalid
+from schemas.settings import Settings
+from schemas.topics import RELEASES
+from streams.artifacts import ArtifactStore
+from streams.follow import DeadLetters, Follower, FollowSpec
+from streams.log.keys import load_private, load_roots
+from streams.log.producer import KafkaAppender
+from streams.log.reader import KafkaReader
+from streams.log.writer import Writer
+
+log = structlog.get_logger(__name__)
+
+
+def _server(app: Starlette, given: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=int(given.drain_s),
+    )
+
+
+def _admin(
+    given: Settings, store: ArtifactStore, reader: KafkaReader, roots: tuple[bytes, ...], app: KafkaAppender
+) -> Admin:
+    if given.signing_key is None:
+        raise SettingsInvalid("setting signing_key: the admin API signs what it appends, so it needs a private key")
+    writer = Writer(app, source=f"/operators/{given.author}", signing_key=load_private(given.signing_key))
+    return Admin(
+        Publisher(store, writer, reader, roots),
+        Invalidator(writer, reader, roots),
+        reader,
+        given.admin_token,
+        given.author,
+        given.dir / "uploads",
+    )
+
+
+async def main() -> None:
+    given = settings.load()
+    logs.configure(given.log_level)
+    roots = load_roots(given.root_keys)
+    reader = KafkaReader(given.kafka)
+    appender = KafkaAppender(given.kafka, client_id=f"mlcdn-{given.node}")
+    store = ArtifactStore(
+        given.s3_endpoint,
+        given.s3_bucket,
+        given.s3_access_key,
+        given.s3_secret_key.get_secret_value(),
+        given.s3_region,
+    )
+    session = SessionSettings(intra_op_threads=given.intra_op_threads, inter_op_threads=given.inter_op_threads)
+    hosting = Hosting(store, given.dir, roots, session, given.run_threads)
+    follower = Follower(
+        FollowSpec(
+            topics=(RELEASES.name,),
+            group=f"mlcdn-origin-{given.node}",
+            instance=f"mlcdn-origin-{given.node}-0",
+            bootstrap=given.kafka,
+            datadir=given.dir,
+        ),
+        reader,
+        hosting.on_record,
+        lambda: log.info("origin caught up"),
+        DeadLetters(Writer(appender, source=f"/origins/{given.node}"), node=given.node, region=given.region),
+    )
+    async with stop_on_signals() as stop, asyncio.TaskGroup() as group:
+        socket = listen(given.host, given.port)
+        log.info("origin listens", host=given.host, port=socket.getsockname()[1])
+        group.create_task(serve_until(_server(routes.app(hosting, given.max_body_bytes), given), [socket], stop))
+        if given.admin_token.get_secret_value():
+            admin = _admin(given, store, reader, roots, appender)
+            listening = listen(given.admin_host, given.admin_port)
+            group.create_task(serve_until(_server(admin.app(), given), [listening], stop))
+        group.create_task(follower.run(stop))
+        group.create_task(hosting.reconcile_until(stop))
+    await appender.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
