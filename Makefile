@@ -38,5 +38,13 @@ up: setup ## the whole network in the foreground; Ctrl-C stops it
 bench: setup ## every benchmark: one table, then one line of ratios each
 	$(BIN)/python -m bench $(ARGS)
 
+UV_COMPILE := $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate --no-emit-index-url --python-version 3.11 pyproject.toml
+
+lock: ## requirements/*.txt anew from pyproject.toml (needs uv: pip install uv in .venv)
+	$(UV_COMPILE) --all-extras --group test --group check -o requirements/dev.txt
+	$(UV_COMPILE) -c requirements/dev.txt -o requirements/client.txt
+	$(UV_COMPILE) -c requirements/dev.txt --extra edge -o requirements/edge.txt
+	$(UV_COMPILE) -c requirements/dev.txt --extra origin --extra streams --extra router --extra cli -o requirements/control.txt
+
 clean: ## forget the environment and the local network
 	rm -rf $(VENV) .mlcdn build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

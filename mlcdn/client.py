@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import httpx
 
@@ -40,12 +40,6 @@ class Prediction:
     node: str
     cache_status: str
     headers: Mapping[str, str] = field(repr=False)
-
-
-@dataclass(slots=True)
-class _Ranking:
-    urls: list[str]
-    until: float
 
 
 def _request(model: str, inputs: Mapping[str, Any] | Sequence[Sequence[float]], datatype: str) -> dict[str, Any]:
@@ -76,35 +70,78 @@ def _retry_after(answer: httpx.Response) -> float:
     return min(float(said), 5.0) if said.replace(".", "", 1).isdigit() else 0.1
 
 
-def _error(answer: httpx.Response) -> str:
-    try:
-        return str(answer.json()["error"])
-    except (ValueError, KeyError, TypeError):
-        return answer.text[:200]
+def _what(outcome: _Outcome) -> str:
+    """An answer that is no prediction, or an error, in one line."""
+    if isinstance(outcome, httpx.Response):
+        try:
+            said = str(outcome.json()["error"])
+        except (ValueError, KeyError, TypeError):
+            said = outcome.text[:200]
+        return f"{outcome.status_code} {said}"
+    return type(outcome).__name__
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """To be sent: a GET with `parameters`, or a POST of `body`."""
+
+    url: str
+    parameters: dict[str, str] | None = None
+    body: dict[str, Any] | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+_Outcome = httpx.Response | httpx.HTTPError | None
+_Asking = Generator["_Ask | float", _Outcome, Prediction]
+"""Yields what to send, or how many seconds to wait; is given the answer or the error; returns the prediction."""
 
 
 class _Plan:
-    """What both clients decide alike: whom to ask next, when to give up. It makes no call itself."""
+    """Whom to ask next, and when to give up: decided here for both clients, without a call."""
 
-    def __init__(self, router: str, timeout_s: float, ranking_s: float, place: Mapping[str, str]) -> None:
-        self.router, self.timeout_s, self.ranking_s, self.place = router.rstrip("/"), timeout_s, ranking_s, dict(place)
-        self._rankings: dict[str, _Ranking] = {}
+    def __init__(self, router: str, timeout_s: float, ranking_s: float, place: Mapping[str, str] | None) -> None:
+        self._router, self._timeout_s, self._ranking_s = router.rstrip("/"), timeout_s, ranking_s
+        self._place = dict(place or {})
+        self._rankings: dict[str, tuple[list[str], float]] = {}
 
-    def ranked(self, model: str) -> list[str] | None:
-        known = self._rankings.get(model)
-        return list(known.urls) if known and known.until > time.monotonic() else None
+    def asking(
+        self,
+        model: str,
+        inputs: Mapping[str, Any] | Sequence[Sequence[float]],
+        datatype: str,
+        headers: Mapping[str, str] | None,
+    ) -> _Asking:
+        body, until = _request(model, inputs, datatype), time.monotonic() + self._timeout_s
+        last, status = "no edge is known", None
+        while time.monotonic() < until:
+            urls, until_known = self._rankings.get(model, ([], 0.0))
+            if until_known < time.monotonic():
+                asked = yield _Ask(f"{self._router}/route", parameters={"model": model, **self._place})
+                urls = self._ranked(model, asked)
+                if not urls:
+                    last = f"router: {_what(asked)}"
+            for url in urls:
+                answer = yield _Ask(f"{url}/v2/models/{model}/infer", body=body, headers=dict(headers or {}))
+                if not isinstance(answer, httpx.Response):
+                    last = f"{url}: {_what(answer)}"
+                    continue
+                if answer.status_code == 200:
+                    return _prediction(model, answer)
+                last, status = f"{url}: {_what(answer)}", answer.status_code
+                if status < 500 and status not in (404, 429):
+                    raise PredictionFailed(last, status)
+                if status == 429:
+                    yield min(_retry_after(answer), max(0.0, until - time.monotonic()))
+            self._rankings.pop(model, None)
+            yield min(0.1, max(0.0, until - time.monotonic()))
+        raise PredictionFailed(f"no edge answered within {self._timeout_s:g} s; last: {last}", status)
 
-    def learn(self, model: str, answer: httpx.Response) -> list[str]:
-        answer.raise_for_status()
+    def _ranked(self, model: str, answer: _Outcome) -> list[str]:
+        if not isinstance(answer, httpx.Response) or answer.status_code != 200:
+            return []
         urls = [edge["url"] for edge in answer.json()["edges"]]
-        self._rankings[model] = _Ranking(urls, time.monotonic() + self.ranking_s)
-        return list(urls)
-
-    def forget(self, model: str) -> None:
-        self._rankings.pop(model, None)
-
-    def route_parameters(self, model: str) -> dict[str, str]:
-        return {"model": model, **self.place}
+        self._rankings[model] = (urls, time.monotonic() + self._ranking_s)
+        return urls
 
 
 class Client:
@@ -118,7 +155,7 @@ class Client:
         ranking_s: float = 2.0,
         place: Mapping[str, str] | None = None,
     ) -> None:
-        self._plan = _Plan(router, timeout_s, ranking_s, place or {})
+        self._plan = _Plan(router, timeout_s, ranking_s, place)
         self._http = httpx.Client(timeout=timeout_s, trust_env=False)
 
     def __enter__(self) -> Self:
@@ -139,32 +176,21 @@ class Client:
         headers: Mapping[str, str] | None = None,
     ) -> Prediction:
         """`inputs`: rows of the model's only input, or Open Inference Protocol tensors by name."""
-        body, until, last = _request(model, inputs, datatype), time.monotonic() + self._plan.timeout_s, "no edge known"
-        status: int | None = None
-        while time.monotonic() < until:
+        asking = self._plan.asking(model, inputs, datatype, headers)
+        outcome: _Outcome = None
+        while True:
             try:
-                urls = self._plan.ranked(model) or self._plan.learn(
-                    model,
-                    self._http.get(f"{self._plan.router}/route", params=self._plan.route_parameters(model)),
-                )
+                step = asking.send(outcome)
+            except StopIteration as done:
+                return cast(Prediction, done.value)
+            outcome = None
+            if isinstance(step, float):
+                time.sleep(step)
+                continue
+            try:
+                outcome = self._http.send(_build(self._http, step))
             except httpx.HTTPError as error:
-                urls, last = [], f"router: {error}"
-            for url in urls:
-                try:
-                    answer = self._http.post(f"{url}/v2/models/{model}/infer", json=body, headers=dict(headers or {}))
-                except httpx.HTTPError as error:
-                    last = f"{url}: {type(error).__name__}"
-                    continue
-                if answer.status_code == 200:
-                    return _prediction(model, answer)
-                last, status = f"{url}: {answer.status_code} {_error(answer)}", answer.status_code
-                if answer.status_code < 500 and answer.status_code not in (404, 429):
-                    raise PredictionFailed(last, status)
-                if answer.status_code == 429:
-                    time.sleep(min(_retry_after(answer), max(0.0, until - time.monotonic())))
-            self._plan.forget(model)
-            time.sleep(min(0.1, max(0.0, until - time.monotonic())))
-        raise PredictionFailed(f"no edge answered within {self._plan.timeout_s:g} s; last: {last}", status)
+                outcome = error
 
 
 class AsyncClient:
@@ -178,7 +204,7 @@ class AsyncClient:
         ranking_s: float = 2.0,
         place: Mapping[str, str] | None = None,
     ) -> None:
-        self._plan = _Plan(router, timeout_s, ranking_s, place or {})
+        self._plan = _Plan(router, timeout_s, ranking_s, place)
         self._http = httpx.AsyncClient(timeout=timeout_s, trust_env=False)
 
     async def __aenter__(self) -> Self:
@@ -199,31 +225,24 @@ class AsyncClient:
         headers: Mapping[str, str] | None = None,
     ) -> Prediction:
         """As `Client.predict`."""
-        body, until, last = _request(model, inputs, datatype), time.monotonic() + self._plan.timeout_s, "no edge known"
-        status: int | None = None
-        while time.monotonic() < until:
+        asking = self._plan.asking(model, inputs, datatype, headers)
+        outcome: _Outcome = None
+        while True:
             try:
-                urls = self._plan.ranked(model) or self._plan.learn(
-                    model,
-                    await self._http.get(f"{self._plan.router}/route", params=self._plan.route_parameters(model)),
-                )
+                step = asking.send(outcome)
+            except StopIteration as done:
+                return cast(Prediction, done.value)
+            outcome = None
+            if isinstance(step, float):
+                await asyncio.sleep(step)
+                continue
+            try:
+                outcome = await self._http.send(_build(self._http, step))
             except httpx.HTTPError as error:
-                urls, last = [], f"router: {error}"
-            for url in urls:
-                try:
-                    answer = await self._http.post(
-                        f"{url}/v2/models/{model}/infer", json=body, headers=dict(headers or {}),
-                    )  # fmt: skip
-                except httpx.HTTPError as error:
-                    last = f"{url}: {type(error).__name__}"
-                    continue
-                if answer.status_code == 200:
-                    return _prediction(model, answer)
-                last, status = f"{url}: {answer.status_code} {_error(answer)}", answer.status_code
-                if answer.status_code < 500 and answer.status_code not in (404, 429):
-                    raise PredictionFailed(last, status)
-                if answer.status_code == 429:
-                    await asyncio.sleep(min(_retry_after(answer), max(0.0, until - time.monotonic())))
-            self._plan.forget(model)
-            await asyncio.sleep(min(0.1, max(0.0, until - time.monotonic())))
-        raise PredictionFailed(f"no edge answered within {self._plan.timeout_s:g} s; last: {last}", status)
+                outcome = error
+
+
+def _build(http: httpx.Client | httpx.AsyncClient, ask: _Ask) -> httpx.Request:
+    if ask.body is None:
+        return http.build_request("GET", ask.url, params=ask.parameters)
+    return http.build_request("POST", ask.url, json=ask.body, headers=ask.headers)
