@@ -1,74 +1,89 @@
-"""Where a client stands: by what it says, by a file of networks, else by default. PURE.
+"""Where a client stands, and how far that is from a node. PURE.
 
-The file names networks and places, one a line: ``203.0.113.0/24 35.7 139.7  # comment``; the longest match wins.
+A location file has one network a line: ``network, latitude, longitude``, ``#`` begins a comment; the longest prefix
+that holds an address wins, an IPv4 address in IPv6 dress is an IPv4 address, and whatever nothing holds stands at the
+default.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import math
-from collections.abc import Iterable
 from typing import Final
 
 import msgspec
 
-from schemas.errors import BadInput
+from schemas.errors import BadInput, SettingsInvalid
 
-EARTH_KM: Final = 6371.0088
-_Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+EARTH_RADIUS_KM: Final = 6_371.0
+FARTHEST_KM: Final = math.pi * EARTH_RADIUS_KM
 
 
-class Place(msgspec.Struct, frozen=True):
-    """Degrees north and east; `source` says how it is known: asked, network, default."""
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """Degrees north and east; `source` says how it is known: ``asked``, ``network <cidr>`` or ``default``."""
 
     lat: float
     lon: float
-    source: str = "asked"
+    source: str
 
     def __post_init__(self) -> None:
         if not (-90 <= self.lat <= 90 and -180 <= self.lon <= 180):
-            raise BadInput(f"no such place: {self.lat}, {self.lon}")
+            raise BadInput("a place is -90 to 90 degrees north and -180 to 180 degrees east")
 
 
-def distance_km(a: Place, b: Place) -> float:
-    """Great-circle distance by the haversine formula, kilometres."""
-    phi_a, phi_b = math.radians(a.lat), math.radians(b.lat)
-    half = math.sin((phi_b - phi_a) / 2) ** 2
-    half += math.cos(phi_a) * math.cos(phi_b) * math.sin(math.radians(b.lon - a.lon) / 2) ** 2
-    return 2 * EARTH_KM * math.asin(min(1.0, math.sqrt(half)))
+def great_circle_km(lat1: float, lon1: float, lat2: float, lon2: float) -> float:
+    """By the haversine formula; a coordinate that is no number is as far as can be."""
+    if not all(map(math.isfinite, (lat1, lon1, lat2, lon2))):
+        return FARTHEST_KM
+    north1, north2 = math.radians(lat1), math.radians(lat2)
+    east = math.radians(lon2 - lon1)
+    h = math.sin((north2 - north1) / 2) ** 2 + math.cos(north1) * math.cos(north2) * math.sin(east / 2) ** 2
+    return 2 * EARTH_RADIUS_KM * math.asin(math.sqrt(min(1.0, max(0.0, h))))
 
 
-class Networks:
-    """The places of networks. Looking up costs one dict access per prefix length in use."""
+class Locations:
+    """Networks and where they are. A look-up asks one dictionary per prefix length in use."""
 
-    def __init__(self, lines: Iterable[str] = ()) -> None:
+    def __init__(self, default: Place, networks: dict[str, tuple[float, float]]) -> None:
+        self.default = default
         self._by_length: dict[tuple[int, int], dict[int, Place]] = {}
-        for number, line in enumerate(lines, 1):
-            words = line.partition("#")[0].split()
-            if not words:
-                continue
-            try:
-                network, lat, lon = words
-                self._add(ipaddress.ip_network(network), Place(float(lat), float(lon), "network"))
-            except (ValueError, BadInput) as error:
-                raise BadInput(f"networks file, line {number}: {error}") from None
-        self._lengths = sorted(self._by_length, reverse=True)
+        for cidr, (lat, lon) in networks.items():
+            network = ipaddress.ip_network(cidr)
+            place = Place(lat=lat, lon=lon, source=f"network {network}")
+            shift = network.max_prefixlen - network.prefixlen
+            same_length = self._by_length.setdefault((network.version, shift), {})
+            same_length[int(network.network_address) >> shift] = place
+        # The smallest shift is the longest prefix.
+        self._lengths = sorted(self._by_length)
 
-    def _add(self, network: _Network, place: Place) -> None:
-        key = int(network.network_address) >> (network.max_prefixlen - network.prefixlen)
-        self._by_length.setdefault((network.prefixlen, network.version), {})[key] = place
-
-    def find(self, address: str) -> Place | None:
-        """`BadInput` when it is no address; IPv4 mapped into IPv6 is looked up as IPv4."""
+    def of(self, address: str) -> Place:
+        """`BadInput` when it is no IP address."""
         try:
-            found = ipaddress.ip_address(address)
+            ip = ipaddress.ip_address(address.strip())
         except ValueError:
-            raise BadInput(f"{address[:64]!r} is no IP address") from None
-        if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is not None:
-            found = found.ipv4_mapped
-        for length, version in self._lengths:
-            if version == found.version:
-                place = self._by_length[(length, version)].get(int(found) >> (found.max_prefixlen - length))
-                if place is not None:
-                    return place
-        return None
+            raise BadInput(f"{address[:80]!r} is no IP address") from None
+        if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
+            ip = ip.ipv4_mapped
+        for version, shift in self._lengths:
+            if version == ip.version:
+                found = self._by_length[(version, shift)].get(int(ip) >> shift)
+                if found is not None:
+                    return found
+        return self.default
+
+
+def parse_locations(text: str, default: Place) -> Locations:
+    """`SettingsInvalid` names the line."""
+    networks: dict[str, tuple[float, float]] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        said = [word.strip() for word in line.partition("#")[0].split(",")]
+        if said == [""]:
+            continue
+        try:
+            cidr, lat, lon = said
+            network = str(ipaddress.ip_network(cidr))
+            where = Place(lat=float(lat), lon=float(lon), source=network)
+        except (ValueError, BadInput) as error:
+            raise SettingsInvalid(f"location file, line {number}: {error}") from None
+        networks[network] = (where.lat, where.lon)
+    return Locations(default, networks)

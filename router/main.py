@@ -1,92 +1,108 @@
-"""The router's process: the composition root."""
+"""The router process: reads ``routes``, probes the nodes, answers which edge.
+
+    python -m router.main
+
+It answers from its saved table before Kafka does, and on when Kafka goes.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import time
+import random
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import httpx
 import structlog
 import uvicorn
+from starlette.types import ASGIApp
 
 from processes import logs
-from processes.http_server import serve_until
 from processes.ports import listen
 from processes.signals import stop_on_signals
-from router.choose import Weights
-from router.geo import Networks, Place
-from router.http import Router
-from router.probe import Probes
-from router.table import Table
-from schemas import codec, settings
-from schemas.errors import EventRefused, MlcdnError
-from schemas.events import RoutesPublished
-from schemas.topics import ROUTES
+from router.choose import ChoicePolicy
+from router.geo import Locations, Place, parse_locations
+from router.http import Doors, build
+from router.probe import AT_ONCE, TIMEOUT_S, Prober
+from router.table import Table, follow
+from schemas.errors import SettingsInvalid
+from schemas.settings import Settings, load
 from streams.log.reader import KafkaReader
-from streams.log.record import Record
+from streams.log.record import LogReader
 
 log = structlog.get_logger(__name__)
 
 
-def take(table: Table, record: Record) -> None:
-    """Offers what a record of ``mlcdn.routes`` says to the table; what cannot be read is passed over and said."""
-    if record.value is None:
-        return
+class _Server(uvicorn.Server):
+    """Leaves the signals to the process, which has more to stop than a server."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def locations_of(settings: Settings) -> Locations:
+    default = Place(lat=settings.router_default_lat, lon=settings.router_default_lon, source="default")
+    if settings.router_locations is None:
+        return Locations(default, {})
     try:
-        event = codec.decode(record.topic, record.key, record.value, record.headers).event
-    except EventRefused as refused:
-        log.warning("routes record refused", offset=record.offset, refusal=str(refused))
-        return
-    if isinstance(event, RoutesPublished):
-        table.offer(event, time.monotonic())
+        return parse_locations(settings.router_locations.read_text("utf-8"), default)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsInvalid(f"location file {settings.router_locations}: {error}") from None
 
 
-async def follow(reader: KafkaReader, table: Table, stop: asyncio.Event) -> None:
-    """Keeps the table true; begins again, from the last record, whenever the log was away."""
-    while not stop.is_set():
-        try:
-            _, high = await asyncio.to_thread(reader.watermarks, ROUTES.name, 0)
-            # The last record may be a transaction marker or compacted away; a few before it cost nothing.
-            records = reader.tail({(ROUTES.name, 0): max(0, high - 5)})
-            try:
-                async for record in records:
-                    take(table, record)
-            finally:
-                await records.aclose()
-        except MlcdnError as error:
-            log.warning("routes cannot be read, the last table serves on", error=str(error))
-            try:
-                await asyncio.wait_for(stop.wait(), 1.0)
-            except TimeoutError:
-                continue
-
-
-async def main() -> None:
-    given = settings.load()
-    logs.configure(given.log_level)
-    table = Table(given.dir / "routes.msgpack")
-    probes = Probes(lambda: table.nodes, given.probe_s)
-    lines = given.router_locations.read_text().splitlines() if given.router_locations else []
-    default = Place(given.router_default_lat, given.router_default_lon, "default")
-    router = Router(table, probes, Networks(lines), default, Weights(margin=given.router_margin))
-    socket = listen(given.host, given.port)
+async def serve(app: ASGIApp, listener: socket.socket, drain_s: float, stop: asyncio.Event) -> None:
+    """Until `stop`, and then until what is in flight is answered."""
     config = uvicorn.Config(
-        router.app(),
-        access_log=False,
+        app,
         log_config=None,
-        timeout_graceful_shutdown=int(given.drain_s),
+        access_log=False,
+        lifespan="off",
         server_header=False,
+        timeout_graceful_shutdown=max(1, int(drain_s)),
     )
+    server = _Server(config)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    server.should_exit = True
+    await serving
+
+
+async def run(settings: Settings, reader: LogReader, stop: asyncio.Event) -> None:
+    settings.dir.mkdir(parents=True, exist_ok=True)
+    table = Table(settings.dir / "table.json")
+    table.load()
+    locations = locations_of(settings)
+    limits = httpx.Limits(max_connections=2 * AT_ONCE, max_keepalive_connections=2 * AT_ONCE)
+    listener = listen(settings.host, settings.port)
+    async with httpx.AsyncClient(timeout=TIMEOUT_S, limits=limits, trust_env=False) as http:
+        prober = Prober(lambda: table.nodes, http)
+        doors = Doors(table, prober, locations, ChoicePolicy(margin=settings.router_margin), random.Random().randrange)
+        log.info("router_listens", host=settings.host, port=listener.getsockname()[1])
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(follow(reader, table, stop), name="follow")
+            tasks.create_task(prober.run(settings.probe_s, stop), name="probe")
+            await serve(build(doors), listener, settings.drain_s, stop)
+            # The server also ends by itself, on an error of its own: the others must not outlive it.
+            stop.set()
+
+
+async def _main(settings: Settings) -> None:
     async with stop_on_signals() as stop:
-        log.info("router listens", host=given.host, port=socket.getsockname()[1])
-        tasks = [
-            asyncio.create_task(probes.run(stop)),
-            asyncio.create_task(follow(KafkaReader(given.kafka), table, stop)),
-        ]
-        await serve_until(config, [socket], stop)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await run(settings, KafkaReader(settings.kafka), stop)
+
+
+def main() -> None:
+    try:
+        settings = load()
+        logs.configure(settings.log_level)
+        asyncio.run(_main(settings))
+    except SettingsInvalid as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    main()

@@ -1,48 +1,69 @@
-"""Probes: this router's own look at every node, independent of the beats."""
+"""The router's own look at every node: ``GET /health`` within a second, again and again.
+
+Laws: the second observer beside the beats: it must not know what they say; a probe is bounded in time, in bytes and in
+how many run at once; a redirect is not followed, since a node's URL comes from the log and may lead nowhere else.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import httpx
-import structlog
 
+from router.choose import Probed, usable_url
 from schemas.events import Health, RoutedNode
-
-log = structlog.get_logger(__name__)
+from schemas.metrics import counter
 
 TIMEOUT_S: Final = 1.0
+AT_ONCE: Final = 64
 
 
-class Probes:
-    """`answered` by node: 200 from ``/v2/health/ready`` within 1 s, at the last probe."""
+class Prober:
+    """`outcomes` by node, of the nodes that the table has now."""
 
-    def __init__(self, nodes: Callable[[], Sequence[RoutedNode]], every_s: float) -> None:
-        self._nodes, self._every_s = nodes, every_s
-        self.answered: dict[str, bool] = {}
+    def __init__(self, nodes: Callable[[], Iterable[RoutedNode]], http: httpx.AsyncClient) -> None:
+        self._nodes, self._http = nodes, http
+        self._room = asyncio.Semaphore(AT_ONCE)
+        self.outcomes: dict[str, Probed] = {}
 
-    async def run(self, stop: asyncio.Event) -> None:
-        limits = httpx.Limits(max_connections=64, max_keepalive_connections=64)
-        async with httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False, limits=limits) as http:
-            while not stop.is_set():
-                nodes = [n for n in self._nodes() if n.health is not Health.LEFT]
-                answers = await asyncio.gather(*(self._probe(http, n) for n in nodes))
-                now = dict(zip((n.node for n in nodes), answers, strict=True))
-                for node, answered in now.items():
-                    if self.answered.get(node, True) != answered:
-                        log.info("probe changed", node=node, answered=answered)
-                self.answered = now
-                try:
-                    await asyncio.wait_for(stop.wait(), self._every_s)
-                except TimeoutError:
-                    continue
+    async def run(self, every_s: float, stop: asyncio.Event) -> None:
+        while not stop.is_set():
+            began = time.monotonic()
+            await self.round()
+            try:
+                await asyncio.wait_for(stop.wait(), max(0.05, every_s - (time.monotonic() - began)))
+            except TimeoutError:
+                continue
 
-    async def _probe(self, http: httpx.AsyncClient, node: RoutedNode) -> bool:
-        try:
-            async with asyncio.timeout(TIMEOUT_S):
-                answer = await http.get(f"{node.url}/v2/health/ready")
-        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError):
-            return False
-        return answer.status_code == 200
+    async def round(self) -> None:
+        """Probes every node once."""
+        targets = [n for n in self._nodes() if n.health is not Health.LEFT and usable_url(n.url)]
+        await asyncio.gather(*(self._probe(node) for node in targets))
+        known = {node.node for node in targets}
+        for gone in self.outcomes.keys() - known:
+            del self.outcomes[gone]
+
+    async def _probe(self, node: RoutedNode) -> None:
+        async with self._room:
+            outcome = await probe(self._http, node.url)
+        self.outcomes[node.node] = outcome
+        counter("mlcdn_router_probes_total").labels("ok" if outcome.ok else "failed").inc()
+
+
+async def probe(http: httpx.AsyncClient, url: str) -> Probed:
+    """One probe. The body is not read: the status says it, and a body has no end that one could rely on."""
+    began = time.monotonic()
+    try:
+        # httpx's own timeouts are for each step; a node that sends one byte a second would pass them all.
+        async with asyncio.timeout(TIMEOUT_S):
+            async with http.stream("GET", f"{url.rstrip('/')}/health", follow_redirects=False) as answer:
+                status = answer.status_code
+    except TimeoutError:
+        return Probed(False, f"no answer in {TIMEOUT_S:g} s", TIMEOUT_S * 1e3)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        return Probed(False, type(error).__name__, (time.monotonic() - began) * 1e3)
+    ms = (time.monotonic() - began) * 1e3
+    return Probed(True, "200", ms) if status == 200 else Probed(False, f"HTTP {status}", ms)

@@ -34,6 +34,7 @@ CATALOGUE: Final[dict[str, Metric]] = {
     "cdn_cache_hit_rate": Metric("gauge", "Share of answers by tier since the last beat.", ("region", "cache_level"), "livemax"),
     "mlcdn_model_requests_total": Metric("counter", "Requests by model and version.", ("model", "version", "status")),
     "mlcdn_cache_misses_total": Metric("counter", "Look-ups that a tier did not answer, by reason.", ("tier", "reason")),
+    "mlcdn_cache_writes_dropped_total": Metric("counter", "Entries that a tier did not take, by reason.", ("tier", "reason")),
     "mlcdn_cache_bytes": Metric("gauge", "Bytes held by a tier.", ("tier",)),
     "mlcdn_breaker_open": Metric("gauge", "1 while a tier is left alone because it failed.", ("tier",), "livemax"),
     "mlcdn_swaps_total": Metric("counter", "Model swaps by outcome.", ("model", "outcome")),
@@ -47,6 +48,12 @@ CATALOGUE: Final[dict[str, Metric]] = {
     "mlcdn_events_dropped_total": Metric("counter", "Fleet events dropped because a queue was full.", ("kind",)),
     "mlcdn_follower_rebuilds_total": Metric("counter", "Times a stalled or failed follower was rebuilt.", ("group",)),
     "mlcdn_control_plane_age_seconds": Metric("gauge", "Time since the agent's last heartbeat.", (), "livemax"),
+    "mlcdn_router_answers_total": Metric("counter", "Answers of the router: ranked, redirected, none.", ("answer",)),
+    "mlcdn_router_panics_total": Metric("counter", "Answers given while fewer than half of the nodes were well.", ()),
+    "mlcdn_router_table_age_seconds": Metric("gauge", "Age of the routing table; -1 for none.", (), "livemostrecent"),
+    "mlcdn_router_table_nodes": Metric("gauge", "Nodes of the routing table by health.", ("health",), "livemostrecent"),
+    "mlcdn_router_tables_refused_total": Metric("counter", "Routing tables refused, by reason.", ("reason",)),
+    "mlcdn_router_probes_total": Metric("counter", "Probes of nodes by outcome.", ("outcome",)),
 }  # fmt: skip
 
 

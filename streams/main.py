@@ -1,28 +1,51 @@
-"""The parent of the stream processors: one child a job, restarted when it dies, stopped when this ends."""
+"""The parent of the stream jobs: each is a child, restarted when it dies, stopped with it.
+
+    python -m streams.main
+
+A job is a process of its own because Faust's flow control is of a whole app: one slow job would stall the others.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import sys
+from typing import Final
 
 from processes import logs
 from processes.signals import stop_on_signals
 from processes.supervisor import Child, Supervisor
-from schemas import settings
+from schemas.errors import SettingsInvalid
+from schemas.settings import load
 
-JOBS = {"routing": "streams.jobs.routing"}
+JOBS: Final = ("routing",)
 
 
-async def main() -> None:
-    logs.configure(settings.load().log_level)
-    children = [
-        Child(name=name, argv=(sys.executable, "-m", module), max_restarts=1_000, log=None)
-        for name, module in JOBS.items()
+def children() -> list[Child]:
+    return [
+        Child(
+            name=job,
+            argv=(sys.executable, "-m", f"streams.jobs.{job}"),
+            stop_timeout_s=12,
+            max_restarts=20,
+        )
+        for job in JOBS
     ]
+
+
+async def run() -> None:
     async with stop_on_signals() as stop, Supervisor() as supervisor:
-        await supervisor.start(children)
+        await supervisor.start(children())
         await supervisor.run_until(stop)
 
 
+def main() -> None:
+    try:
+        settings = load()
+    except SettingsInvalid as error:
+        raise SystemExit(str(error)) from None
+    logs.configure(settings.log_level)
+    asyncio.run(run())
+
+
 if __name__ == "__main__":
-    asyncio.run(main())
+    main()

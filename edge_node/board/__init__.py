@@ -7,7 +7,7 @@
 
 Laws:
 - Write order: file, fsync, rename, fsync of the folder, then the fence. Who sees the fence moved finds what moved it.
-- A reader sees the old file or the new one, whole. A crash between any two steps is repaired when the writer opens again.
+- A reader sees the old file or the new one, whole. A crash between two steps is repaired when the writer opens again.
 - One writer: a second one is refused (`Conflict`).
 
 A worker that sees slot 1 moved loads models.json; one that sees slot 0 moved reads the purges; both before it answers.

@@ -45,7 +45,7 @@ class RealDisk:
         except BlockingIOError:
             holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
             os.close(descriptor)
-            raise Conflict(f"{path.parent} has a writer already: process {holder or 'unknown'}") from None
+            raise Conflict(f"{path} is held by process {holder or 'unknown'}") from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         return lambda: os.close(descriptor)

@@ -4,11 +4,12 @@
     1  version of models.json           4  the current incarnation
     2  agent's heartbeat, Unix ms       8… one a model: the version of models.json that last changed it
 
-Laws: a value only rises, so a reader that saw one never sees an earlier one; a slot has one writer (4: the parent before
-it starts its agent, the agent after); a read costs no system call, so every request can afford the two or three it needs.
+Laws: a value only rises, so a reader that saw one never sees an earlier one; a slot has one writer (4: the parent
+before it starts its agent, the agent after); a read costs no system call, so every request can afford the two or three
+it needs.
 
-A *stamp* is a position on ``mlcdn.invalidations`` that keeps its order when the log was made again: the generation of the
-board stands above it. It must not know what a purge is.
+A *stamp* is a position on ``mlcdn.invalidations`` that keeps its order when the log was made again: the generation of
+the board stands above it. It must not know what a purge is.
 """
 
 from __future__ import annotations

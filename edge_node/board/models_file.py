@@ -17,7 +17,7 @@ FORMAT: Final = 1
 
 
 class LogIdentity(msgspec.Struct, frozen=True, kw_only=True):
-    """Which log was folded, with which schemas. A topic made again has another id, and then nothing known of it holds."""
+    """Which log was folded, with which schemas. A topic made again has another id, and nothing known of it holds."""
 
     releases_id: str
     invalidations_id: str
@@ -48,8 +48,8 @@ class BoardModel(msgspec.Struct, frozen=True, kw_only=True):
 class BoardFile(msgspec.Struct, frozen=True, kw_only=True):
     """`policy` is the file's own version and rises with every write; `purges` names the purge log that goes with it.
 
-    `positions` are the last folded ones by topic; `desired` is what the log says, by model; `errors` says why a model in
-    `desired` is not yet, or not so, in `models`.
+    `positions` are the last folded ones by topic; `desired` is what the log says, by model; `errors` says why a model
+    in `desired` is not yet, or not so, in `models`.
     """
 
     format: int = FORMAT

@@ -1,7 +1,7 @@
 """The board as a worker sees it.
 
-Laws: reading takes no lock and changes nothing; whoever calls may do so on a request's path, since nothing is read unless
-the fence says that it moved. It must not know who writes.
+Laws: reading takes no lock and changes nothing; a call belongs on a request's path only when the fence says that
+something moved. It must not know who writes.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class BoardReader:
     def read_purges(self, since_offset: int) -> tuple[list[Purge], int]:
         """Purges after `since_offset`, and the offset to go on from; 0 is the start.
 
-        When the agent has begun another purge log (a compaction, or a new generation, which BoardFile.generation tells),
-        that one is read from its start, whatever the offset.
+        When the agent has begun another purge log (a compaction, or a new generation, which `BoardFile.generation`
+        tells), that one is read from its start, whatever the offset.
         """
         if self._file is None or self.fence[POLICY] > self._file.policy:
             self.load()

@@ -1,8 +1,9 @@
 """The board as the agent writes it.
 
-Publishing, in this order (the numbers mark the code): 1. the whole file under another name; 2. fsync; 3. rename; 4. fsync
-of the folder; 5. the slots of the models that changed; 6. slot 1. Purging: 1. append the lines; 2. slot 0. The purge log
-is not synced: what a power cut takes from it, the next boot read of the log brings back before slot 3 says caught up.
+Publishing, in this order (the numbers mark the code): 1. the whole file under another name; 2. fsync; 3. rename;
+4. fsync of the folder; 5. the slots of the models that changed; 6. slot 1. Purging: 1. append the lines; 2. slot 0. The
+purge log is not synced: what a power cut takes from it, the next boot read of the log brings back before slot 3 says
+caught up.
 
 Opening repairs what a crash left: a torn purge log is cut, and the fence is raised to what the files say.
 It must not know the log, artifacts or workers.
@@ -10,6 +11,7 @@ It must not know the log, artifacts or workers.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -35,6 +37,8 @@ class BoardWriter:
         self._release = self._disk.lock(self._folder / "lock")
         self.fence = Fence.open(self._folder / "fence", writable=True)
         self._last_purge, self._purge_bytes = -1, 0
+        # `publish` may run in a thread, since it waits for the disk.
+        self._replacing = threading.Lock()
         self.file = self._read()
         if self.file is not None:
             self._repair(self.file)
@@ -53,56 +57,47 @@ class BoardWriter:
 
         Models keep being served over a change of generation: what is on disk was verified, whatever log asked for it.
         """
-        before = self.file
-        if before is not None and before.log == identity and before.node == node:
-            return before
-        generation = max(before.generation if before else 0, generation_of(self.fence[PURGE])) + 1
-        name = f"purges-{generation}.log"
-        self._start_purge_log(name, ())
-        file = self.publish(
-            BoardFile(
-                node=node,
-                generation=generation,
-                log=identity,
-                purges=name,
-                models=before.models if before else {},
-                desired=before.desired if before else {},
+        with self._replacing:
+            before = self.file
+            if before is not None and before.log == identity and before.node == node:
+                return before
+            generation = max(before.generation if before else 0, generation_of(self.fence[PURGE])) + 1
+            name = f"purges-{generation}.log"
+            self._start_purge_log(name, ())
+            file = self._publish(
+                BoardFile(
+                    node=node,
+                    generation=generation,
+                    log=identity,
+                    purges=name,
+                    models=before.models if before else {},
+                    desired=before.desired if before else {},
+                )
             )
-        )
-        self._last_purge, self._purge_bytes = -1, 0
-        self.fence.raise_to(PURGE, stamp(generation, -1))
+            self._last_purge, self._purge_bytes = -1, 0
+            self.fence.raise_to(PURGE, stamp(generation, -1))
         if before is not None:
             log.warning("board_generation_begun", generation=generation, before=before.generation)
         return file
 
     def publish(self, file: BoardFile) -> BoardFile:
-        """Replaces models.json, then moves the fence. Returns the file with its version."""
-        before = self.file.models if self.file else {}
-        policy = max(self.file.policy if self.file else 0, self.fence[POLICY]) + 1
-        file = msgspec.structs.replace(file, policy=policy)
-        half, whole = self._folder / "models.json.half", self._folder / "models.json"
-        self._disk.write(half, models_file.encode(file))  # 1
-        self._disk.sync(half)  # 2
-        self._disk.rename(half, whole)  # 3
-        self.file = file
-        self._disk.sync_folder(self._folder)  # 4
-        for name, model in file.models.items():  # 5
-            if before.get(name) != model:
-                self.fence.raise_to(model.slot, policy)
-        for name, model in before.items():
-            if name not in file.models:
-                self.fence.raise_to(model.slot, policy)
-        self.fence.raise_to(POLICY, policy)  # 6
-        return file
+        """Replaces models.json, then moves the fence. Returns the file with its version.
+
+        Which log, generation and purge log it goes with is the board's to say: `begin` may have come in between.
+        """
+        with self._replacing:
+            now = self._begun()
+            return self._publish(
+                msgspec.structs.replace(file, node=now.node, log=now.log, generation=now.generation, purges=now.purges)
+            )
 
     def append_purges(self, purges: Iterable[Purge]) -> list[Purge]:
         """Appends those that the log does not have yet and moves slot 0. Returns what it appended."""
-        if self.file is None:
-            raise RuntimeError("`begin` comes before the first purge")
+        file = self._begun()
         new = [purge for purge in purges if purge.position > self._last_purge]
         if not new:
             return []
-        path = self._folder / self.file.purges
+        path = self._folder / file.purges
         data = purge_log.encode(new)
         try:
             self._disk.append(path, data)  # 1
@@ -112,17 +107,17 @@ class BoardWriter:
             raise
         self._purge_bytes += len(data)
         self._last_purge = new[-1].position
-        self.fence.raise_to(PURGE, stamp(self.file.generation, self._last_purge))  # 2
+        self.fence.raise_to(PURGE, stamp(file.generation, self._last_purge))  # 2
         return new
 
     def compact_purges(self, purges: Sequence[Purge]) -> None:
-        """Goes on in a new log that begins with `purges`, which say no less than the old one. That stays for late readers."""
-        if self.file is None:
-            raise RuntimeError("`begin` comes before the first purge")
-        name = f"purges-{self.file.generation}-{self.file.policy + 1}.log"
-        size = self._start_purge_log(name, purges)
-        self.publish(msgspec.structs.replace(self.file, purges=name))
-        self._purge_bytes = size
+        """Goes on in a new log that begins with `purges`, which say no less than the old one, which stays a while."""
+        with self._replacing:
+            file = self._begun()
+            name = f"purges-{file.generation}-{file.policy + 1}.log"
+            size = self._start_purge_log(name, purges)
+            self._publish(msgspec.structs.replace(file, purges=name))
+            self._purge_bytes = size
 
     def free_slot(self, taken: Iterable[int]) -> int:
         """A slot for a model that has none; `Overloaded` when the fence is full."""
@@ -135,6 +130,29 @@ class BoardWriter:
     def close(self) -> None:
         self.fence.close()
         self._release()
+
+    def _begun(self) -> BoardFile:
+        if self.file is None:
+            raise RuntimeError("`begin` comes before anything else is written")
+        return self.file
+
+    def _publish(self, file: BoardFile) -> BoardFile:
+        before = self.file.models if self.file else {}
+        policy = max(self.file.policy if self.file else 0, self.fence[POLICY]) + 1
+        file = msgspec.structs.replace(file, policy=policy)
+        half, whole = self._folder / "models.json.half", self._folder / "models.json"
+        self._disk.write(half, models_file.encode(file))  # 1
+        self._disk.sync(half)  # 2
+        self._disk.rename(half, whole)  # 3
+        self.file = file
+        self._disk.sync_folder(self._folder)  # 4
+        for name in file.models.keys() | before.keys():  # 5
+            old, new = before.get(name), file.models.get(name)
+            for model in (old, new):
+                if model is not None and old != new:
+                    self.fence.raise_to(model.slot, policy)
+        self.fence.raise_to(POLICY, policy)  # 6
+        return file
 
     def _read(self) -> BoardFile | None:
         data = self._disk.read(self._folder / "models.json")

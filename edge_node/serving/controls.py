@@ -1,6 +1,7 @@
 """What a request's headers ask of the caches, and what an answer's headers say of them. No I/O.
 
-    asked   Cache-Control: no-cache | no-store | only-if-cached | max-age=N · mlcdn-tags · mlcdn-deadline-ms · traceparent
+    asked   Cache-Control: no-cache | no-store | only-if-cached | max-age=N · mlcdn-tags · mlcdn-deadline-ms
+            traceparent
     said    Cache-Status (RFC 9211) · Age · mlcdn-model · mlcdn-digest · mlcdn-position · mlcdn-cache-key
 
 Laws: a directive that is not understood is ignored, as RFC 9111 has it; a header of ours that is wrong is refused. With
@@ -64,7 +65,11 @@ class Consulted(msgspec.Struct, frozen=True):
 def controls_of(headers: Mapping[str, str], as_of: int) -> Controls:
     """`headers` looks names up in any case."""
     directives = [d.strip().lower() for d in headers.get("cache-control", "").split(",")]
-    ages = [int(d[8:]) for d in directives if d.startswith("max-age=") and d[8:].isascii() and d[8:].isdigit() and len(d) < 20]
+    ages = [
+        int(d[8:])
+        for d in directives
+        if d.startswith("max-age=") and d[8:].isascii() and d[8:].isdigit() and len(d) < 20
+    ]
     traceparent = headers.get("traceparent", "")
     authorization = headers.get("authorization", "")
     return Controls(

@@ -1,4 +1,4 @@
-"""The first and last thing a request meets: what no route should have to refuse, and the metric row of what was answered.
+"""The first and last thing a request meets: what no route should have to refuse, and the row of what was answered.
 
 Laws:
 - Host, path and header limits are checked here for every route, because the HTTP parser below lets all of them through:

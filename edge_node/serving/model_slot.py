@@ -33,6 +33,7 @@ class Served:
 
     def __init__(self, wanted: Wanted, channel: str, model: OnnxModel | None) -> None:
         self.wanted, self.channel, self.model = wanted, channel, model
+        self.slot: ModelSlot | None = None
         self.in_flight = 0
         self._empty = asyncio.Event()
         self._empty.set()
@@ -69,6 +70,13 @@ class Served:
             if not self.in_flight:
                 self._empty.set()
 
+    async def run(
+        self, inputs: Mapping[str, Array], outputs: Sequence[str] | None, deadline: Deadline
+    ) -> dict[str, Array]:
+        if self.model is None or self.slot is None:
+            raise NotReady(f"model {self.name} has no session here")
+        return await self.slot.run(self.model, self.wanted.released.limits.max_queue, inputs, outputs, deadline)
+
     async def drained(self) -> None:
         await self._empty.wait()
 
@@ -101,6 +109,7 @@ class ModelSlot:
     def swap(self, new: Served) -> Served | None:
         """`new` answers from the next request on; returns what answered before."""
         old, before = self.current, self.previous
+        new.slot = self
         self.current, self.error = new, ""
         if old is not None and old.digest == new.digest:
             if old.model is not None and old.model is not new.model:
@@ -119,12 +128,13 @@ class ModelSlot:
         return None
 
     async def run(
-        self, served: Served, inputs: Mapping[str, Array], outputs: Sequence[str] | None, deadline: Deadline
+        self,
+        model: OnnxModel,
+        limit: int,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str] | None,
+        deadline: Deadline,
     ) -> dict[str, Array]:
-        model = served.model
-        if model is None:
-            raise NotReady(f"model {self.name} is placed at the origin")
-        limit = served.wanted.released.limits.max_queue
         if self.queued >= limit:
             raise Overloaded(f"model {self.name} has {limit} computations waiting")
         self.queued += 1

@@ -18,7 +18,9 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
+import structlog
 
+from schemas.errors import MlcdnError
 from schemas.events import NO_MODEL, TIERS, Event, Location, ModelRef, NodeBeat, NodeLeft, RequestBatch, ServedModel
 from schemas.events.traffic import COLUMNS, MAX_ROWS
 from schemas.metrics import counter, gauge, histogram
@@ -27,6 +29,8 @@ from streams.log.writer import Writer
 MAX_BUFFERED_ROWS: Final = 5 * MAX_ROWS
 _U32: Final = 2**32 - 1
 _TIER_INDEX: Final = {tier: index for index, tier in enumerate(TIERS)}
+
+log = structlog.get_logger()
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +81,8 @@ class Reporter:
         self._rows: list[Row] = []
         self._dropped_unreported = 0
         self._beat = 0
+        self._acknowledging: asyncio.Task[None] | None = None
+        self._asked_at: float | None = None
         self._last_beat = time.monotonic()
         self._cpu = time.process_time()
         # Since the last beat.
@@ -111,7 +117,7 @@ class Reporter:
         capacity = self.identity.capacity
         standing = self._standing()
         self._beat += 1
-        self.say(
+        self._say_beat(
             NodeBeat(
                 **self.identity.fleet(),
                 beat=self._beat,
@@ -138,19 +144,47 @@ class Reporter:
         self._hits = dict.fromkeys(TIERS, 0)
         self._errors = 0
 
+    @property
+    def log_silent_s(self) -> float:
+        """For how long the log has not acknowledged the beat it was given; 0 while it answers."""
+        return time.monotonic() - self._asked_at if self._asked_at is not None else 0.0
+
+    def _say_beat(self, beat: NodeBeat) -> None:
+        # One beat at a time is waited for: it is how the worker knows whether the log answers. The others are offered.
+        if self._acknowledging is not None and not self._acknowledging.done():
+            self.say(beat)
+            return
+        self._acknowledging = asyncio.get_running_loop().create_task(self._append(beat))
+
+    async def _append(self, beat: NodeBeat) -> None:
+        if self._asked_at is None:
+            self._asked_at = time.monotonic()
+        try:
+            await self._writer.append(beat)
+            self._asked_at = None
+        except MlcdnError as error:
+            counter("mlcdn_events_dropped_total").labels(beat.kind).inc()
+            log.warning("beat_not_appended", cause=str(error))
+
     def leave(self, cause: str) -> None:
         self.flush()
+        if self._acknowledging is not None:
+            self._acknowledging.cancel()
         self.say(NodeLeft(**self.identity.fleet(), cause=cause))
 
     async def run(self, flush_s: float, beat_s: float) -> None:
         """Flushes and beats until it is cancelled. Late beats are not made up for."""
         next_beat = 0.0
         while True:
-            if (now := time.monotonic()) >= next_beat:
-                self.beat()
-                next_beat = now + beat_s
-            else:
-                self.flush()
+            try:
+                if (now := time.monotonic()) >= next_beat:
+                    next_beat = now + beat_s
+                    self.beat()
+                else:
+                    self.flush()
+            except Exception:
+                # What cannot be said must not stop what is served, nor the next report.
+                log.exception("report_failed")
             await asyncio.sleep(min(flush_s, beat_s))
 
     def _flush(self, rows: list[Row]) -> None:

@@ -5,11 +5,11 @@
     POST /v2/models/M[/versions/V]/infer
     GET  /health  /metrics
 
-Where a model has several outputs, `/predict` answers the first as `prediction` and all of them by name as `outputs`: a
-classifier's label and its probabilities.
+Where a model has several outputs, `/predict` answers the first as `prediction` and all of them by name as `outputs`:
+a classifier's label and its probabilities.
 
-Laws: an error is `{"error": "…"}` with the status that its class says, without traces, paths or addresses; a body is read
-once, within a limit and a time; the fence is read before the body.
+Laws: an error is `{"error": "…"}` with the status that its class says, without traces, paths or addresses; a body is
+read once, within a limit and a time; the fence is read before the body.
 
 It must not know tiers, sessions or the log.
 """
@@ -36,7 +36,7 @@ from edge_node.serving.gate import Gate, Note, note
 from edge_node.serving.model_slot import Served, Slots
 from edge_node.serving.predict import Answer, Predictor
 from edge_node.serving.reporter import Identity, Row
-from schemas.errors import BadInput, BadTensor, MlcdnError, NotFound, NotReady, Overloaded, Unreachable
+from schemas.errors import BadInput, BadTensor, MlcdnError, NotFound, Overloaded, Unreachable
 from schemas.events import ModelRef
 
 BODY_TIMEOUT_S: Final = 10.0
@@ -79,9 +79,7 @@ class Doors:
         asked = oip.parse(await self._body(request, noted), _PREDICT)
         served = self._meant(asked.model, noted)
         spec = _only_input(served)
-        answer = await self._predictor.predict(
-            served, {spec.name: oip.row_of(spec, asked.features)}, None, controls
-        )
+        answer = await self._predictor.predict(served, {spec.name: oip.row_of(spec, asked.features)}, None, controls)
         _note(noted, answer)
         prediction, outputs = oip.prediction_of(answer.body)
         body = b'{"prediction":' + prediction + (b',"outputs":' + outputs if outputs else b"")
@@ -266,9 +264,8 @@ def _row(spec: Any, features: msgspec.Raw, index: int) -> oip.Array:
 def _only_input(served: Served) -> Any:
     required = [spec for spec in served.inputs if not spec.optional]
     if len(required) != 1:
-        raise BadInput(
-            f"model {served.name} has inputs {[s.name for s in served.inputs]}: name them, in /v2/models/{served.name}/infer"
-        )
+        named = [spec.name for spec in served.inputs]
+        raise BadInput(f"model {served.name} has inputs {named}: name them, in /v2/models/{served.name}/infer")
     return required[0]
 
 

@@ -1,9 +1,9 @@
 """How the nodes are: the fold of ``mlcdn.fleet``. PURE.
 
-Laws: a beat is judged by when the broker received it and by its number, never by the node's clock; a report of an earlier
-incarnation is ignored once a later one was heard; a record at or below a partition's position is dropped without a word;
-everything is bounded, and the oldest goes first. The topic has several partitions, each node in one: any order that keeps
-each partition's own order folds to the same state, and a caller that needs one order merges them.
+Laws: a beat is judged by when the broker received it and by its number, never by the node's clock; a report of an
+earlier incarnation is ignored once a later one was heard; a record at or below a partition's position is dropped
+without a word; everything is bounded, and the oldest goes first. The topic has several partitions, each node in one:
+any order that keeps each partition's own order folds to the same state, and a caller that needs one order merges them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ V = TypeVar("V")
 
 
 class WorkerState(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker by its last beat. `received_ms` is the broker's time of it; `intervals_ms` are the last between beats."""
+    """A worker by its last beat. `received_ms` is the broker's time of it; `intervals_ms` are the last between
+    beats."""
 
     beat: NodeBeat
     received_ms: int
@@ -192,14 +193,16 @@ def _reported(state: Fleet, event: ModelSwapped | SwapFailed | ArtifactRejected,
 def phi(worker: WorkerState, now_ms: int) -> float:
     """Suspicion that the worker is gone: phi accrual over its own intervals, 0 to 100.
 
-    phi = -log10(P(a beat comes later than this)), with intervals taken as normal around their median. One outage makes one
-    huge interval, so each counts for four medians at most. The deviation is floored at a quarter of the median: beats of a
-    quiet node are so regular that one hiccup would bury it. Source: Hayashibara et al., "The phi accrual failure
-    detector", 2004; the logistic approximation of the normal tail is Akka's.
+    phi = -log10(P(a beat comes later than this)), with intervals taken as normal around their median. An interval above
+    four medians was an outage and is left out: with it, one outage of the broker would blunt every judgement for the
+    next minute. The deviation is floored at a quarter of the median: beats of a quiet node are so regular that one
+    hiccup would bury it. Source: Hayashibara et al., "The phi accrual failure detector", 2004; the logistic
+    approximation of the normal tail is Akka's.
     """
     intervals = worker.intervals_ms or (FIRST_INTERVAL_MS,)
     middle = sorted(intervals)[len(intervals) // 2]
-    spread = math.sqrt(sum((min(i, 4 * middle) - middle) ** 2 for i in intervals) / len(intervals))
+    usual = [interval for interval in intervals if interval <= 4 * middle]
+    spread = math.sqrt(sum((interval - middle) ** 2 for interval in usual) / len(usual))
     deviation = max(spread, middle / 4)
     y = (max(0, now_ms - worker.received_ms) - middle) / deviation
     if y > 8:

@@ -1,8 +1,9 @@
 """How the nodes answer: the fold of ``mlcdn.requests`` into ten seconds of counts a node. PURE.
 
-Laws: a row counts in the second in which the broker received it, so a node's clock changes nothing; a record at or below
-a partition's position is dropped without a word; counts only add, so batches of a second commute; everything is bounded.
-A second is one vector of counts held as bytes: adding a batch is one addition, and states compare and hash as values.
+Laws: a row counts in the second in which the broker received it, so a node's clock changes nothing; a record at or
+below a partition's position is dropped without a word; counts only add, so batches of a second commute; everything is
+bounded. A second is one vector of counts held as bytes: adding a batch is one addition, and states compare and hash as
+values.
 """
 
 from __future__ import annotations
@@ -138,11 +139,14 @@ def _quantiles(histogram: npt.NDArray[Any], shares: tuple[float, float]) -> tupl
 
 
 def _added(seconds: tuple[Second, ...], at: int, counts: _Counts) -> tuple[Second, ...]:
-    """The seconds with the batch in its own; one that is older than the window by then counts nowhere."""
+    """The seconds with the batch in its own."""
+    if seconds and at <= seconds[-1].at - WINDOW_S:
+        # Broker time does not go back within a partition, unless its clock was set back: what was counted is of no
+        # time.
+        seconds = ()
     newest = max(at, seconds[-1].at) if seconds else at
     kept = {second.at: second for second in seconds if second.at > newest - WINDOW_S}
-    if at > newest - WINDOW_S:
-        same = kept.get(at)
-        total = counts if same is None else counts + np.frombuffer(same.counts, np.int64)
-        kept[at] = Second(at, total.tobytes())
+    same = kept.get(at)
+    total = counts if same is None else counts + np.frombuffer(same.counts, np.int64)
+    kept[at] = Second(at, total.tobytes())
     return tuple(kept[second] for second in sorted(kept))

@@ -9,14 +9,24 @@ cannot be decoded must reach the handler, which dead-letters it.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import faust
+import structlog
+from mode.threads import WorkerThread
 
 from streams.log.record import Record
+
+log = structlog.get_logger(__name__)
+
+# The end of a consumer waits in turn for several things: each takes a cancellation of its own.
+_CANCELS = 10
+_CANCEL_PAUSE_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +42,8 @@ class FollowSpec:
     security: Mapping[str, str] = field(default_factory=dict)
 
 
-def build_app(spec: FollowSpec, handle: Callable[[Record], Awaitable[None]]) -> Any:
-    """A Faust app that hands every record of the topics to `handle`, which must not raise."""
+def build_app(spec: FollowSpec, member: str, handle: Callable[[Record], Awaitable[None]]) -> Any:
+    """A Faust app that hands every record to `handle`, which must not raise. `member` is the static member id."""
     app = faust.App(
         spec.group,
         broker=[f"kafka://{server}" for server in spec.bootstrap.split(",")],
@@ -53,7 +63,7 @@ def build_app(spec: FollowSpec, handle: Callable[[Record], Awaitable[None]]) -> 
         stream_wait_empty=False,
         worker_redirect_stdouts=False,
         consumer_metadata_max_age_ms=30_000,
-        consumer_group_instance_id=spec.instance,
+        consumer_group_instance_id=member,
         consumer_auto_offset_reset="earliest",
     )
     for topic in spec.topics:
@@ -64,7 +74,21 @@ def build_app(spec: FollowSpec, handle: Callable[[Record], Awaitable[None]]) -> 
                 await handle(_record(event.message))
 
         app.agent(channel, name=f"{spec.group}.{topic}")(follow)
+    app.consumer._thread.Worker = _ConsumerThread
     return app
+
+
+class _ConsumerThread(WorkerThread):  # type: ignore[misc] # mode has no types
+    """Faust's own is no daemon, and so keeps a process from ending for as long as the broker is away."""
+
+    def __init__(self, service: Any, **kwargs: Any) -> None:
+        super().__init__(service, **kwargs)
+        self.daemon = True
+
+    def run(self) -> None:
+        # Cancelled by `dispose`: nobody is left to be told.
+        with suppress(asyncio.CancelledError):
+            super().run()
 
 
 def alive(app: Any) -> bool:
@@ -73,6 +97,34 @@ def alive(app: Any) -> bool:
         return False
     actors = [ref.actor_task for agent in app.agents.values() for ref in agent._actors]
     return not any(task is not None and task.done() for task in actors)
+
+
+async def dispose(app: Any) -> None:
+    """Ends what Faust leaves of an app whose start was cancelled or whose stop did not end.
+
+    Its consumer lives in a thread with a loop of its own. Without a start nobody closes that loop; without a stop the
+    thread goes on asking for a broker that is away.
+    """
+    consumer = app._consumer
+    if consumer is None:
+        return
+    loop, thread = consumer._thread.thread_loop, consumer._thread._thread
+    if thread is None:
+        loop.close()
+        return
+    for _ in range(_CANCELS):
+        if not thread.is_alive():
+            return
+        # The loop may close between the question and the call: then the thread has just ended.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(_cancel_all, loop)
+        await asyncio.sleep(_CANCEL_PAUSE_S)
+    log.error("consumer thread did not end", thread=thread.name)
+
+
+def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
 
 
 def _record(message: Any) -> Record:

@@ -4,15 +4,15 @@ One attempt:
  1. the broker answers and every topic is there (`app.start` succeeds and only logs when a topic is missing), and is the
     topic it was;
  2. what is not yet handled is read to the high watermarks by a plain reader, without a group;
- 3. those positions are committed for the group, so that Faust begins there;
- 4. `on_caught_up` is told, if it was not yet;
+ 3. `on_caught_up` is told, if it was not yet;
+ 4. those positions are committed for the group, so that Faust begins there;
  5. a new app is started, within a deadline: a forbidden group would hang for ever;
  6. the watch, every half second, by what the broker says: records that stay unread for a second (Faust is slow to come
     back after an outage) are read by the plain reader; a Faust that delivers nothing for `STALL_S` ends the attempt;
  7. the app is stopped, also after a failed start; the next attempt follows after 0.5 to 10 s.
 
 Laws: a record reaches `on_record` once in the life of this process and in its partition's order; a new process begins
-at the start again (or `recent_ms` ago): nothing rests on committed offsets. Kafka may be away at any time, for any time.
+at the start again (or `recent_ms` ago): nothing rests on committed offsets. Kafka may be away at any time, for long.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import structlog
 from schemas import metrics
 from schemas.errors import MlcdnError, Unreachable
 from streams.follow.agents import Intake
-from streams.follow.app import FollowSpec, alive, build_app
+from streams.follow.app import FollowSpec, alive, build_app, dispose
 from streams.follow.dead_letters import DeadLetters
 from streams.follow.group import GroupPositions
 from streams.follow.watchdog import Standstill
@@ -40,6 +40,8 @@ log = structlog.get_logger(__name__)
 
 START_S: Final = 30.0
 STOP_S: Final = 10.0
+# A stop takes 0.2 s, but for ever while the broker is away, and a process that ends has nothing to gain from it.
+LAST_STOP_S: Final = 2.0
 STALL_S: Final = 10.0
 HELP_S: Final = 1.0
 CHECK_S: Final = 0.5
@@ -80,7 +82,7 @@ class Follower:
         self.topic_ids: dict[str, str] = {}
         self.caught_up = False
         self.rebuilds = 0
-        self._apps = 0
+        self._apps = self._stalls = 0
         self._highs: dict[At, int] = {}
 
     @property
@@ -117,6 +119,7 @@ class Follower:
                 limit = AWAY_BACKOFF_S
                 log.warning("follower starts over", group=self._spec.group, error=str(error))
             except (Stalled, TimeoutError) as error:
+                self._stalls += 1
                 log.warning("follower starts over", group=self._spec.group, error=str(error) or type(error).__name__)
             # Faust and aiokafka raise whatever their depths raise; the cure for all of it is a new app.
             except Exception:
@@ -127,22 +130,22 @@ class Follower:
     async def _attempt(self) -> None:
         await self._find_topics()  # 1
         await self._read_on(await self._ask())  # 2
-        group = GroupPositions(self._spec)
-        await asyncio.to_thread(group.commit, dict(self.positions))  # 3
-        if not self.caught_up:  # 4
+        if not self.caught_up:  # 3
             self.caught_up = True
             self._on_caught_up()
+        await asyncio.to_thread(GroupPositions(self._spec).commit, dict(self.positions))  # 4
         self._apps += 1
         if self._apps > 1:
             self.rebuilds += 1
             metrics.counter("mlcdn_follower_rebuilds_total").labels(self._spec.group).inc()
-        app = build_app(self._spec, self._intake.deliver)  # 5
+        app = build_app(self._spec, self._member(), self._intake.deliver)  # 5
         self._intake.delivered = dict(self.positions)
+        start = asyncio.ensure_future(app.start())
         try:
-            await asyncio.wait_for(app.start(), START_S)
+            await asyncio.wait_for(asyncio.shield(start), START_S)
             await self._watch(app)  # 6
         finally:
-            await self._stop(app)  # 7
+            await self._stop(app, start)  # 7
 
     async def _find_topics(self) -> None:
         first = not self.topic_ids
@@ -235,12 +238,24 @@ class Follower:
             if await asyncio.to_thread(self._reader.topic_id, topic) != known:
                 raise Stalled(f"{topic} was made again")
 
-    async def _stop(self, app: Any) -> None:
+    def _member(self) -> str:
+        """The static member id. Another one after a stall: the group would give the same member what it had before,
+        which may be nothing (so seen after a topic was made again, until its leader looks at the topics anew)."""
+        return f"{self._spec.instance}-{self._stalls}" if self._stalls else self._spec.instance
+
+    async def _stop(self, app: Any, start: asyncio.Future[None]) -> None:
+        task = asyncio.current_task()
+        ending = task is not None and task.cancelling() > 0
+        # A start that is cut short leaves connections open, and takes two seconds at most when a broker answers.
+        await asyncio.wait({start}, timeout=LAST_STOP_S)
+        start.cancel()
+        await asyncio.gather(start, return_exceptions=True)
         try:
-            await asyncio.wait_for(app.stop(), STOP_S)
+            await asyncio.wait_for(app.stop(), LAST_STOP_S if ending else STOP_S)
         # An app that does not stop is left behind: whatever it still delivers stands below the positions.
         except Exception as error:  # noqa: BLE001 (Faust raises anything; the next app is not kept waiting)
             log.error("Faust app did not stop", group=self._spec.group, error=repr(error))
+        await dispose(app)
 
 
 def _longest(still: Mapping[At, float]) -> float:

@@ -1,1 +1,1 @@
-"""Stream processors: each a process of its own that folds topics and appends what it derives."""
+"""Processors of the log, each a process of its own: fold, derive, publish."""

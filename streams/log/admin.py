@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -22,6 +23,7 @@ from schemas.topics import TOPICS
 from streams.log.client import QUIET, forward_logs
 
 _TIMEOUT_S: Final = 15.0
+_LISTED_PAUSE_S: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,9 @@ class TopicAdmin:
 
     def apply(self) -> list[str]:
         """Creates what is missing and sets what differs; a line for each change."""
-        done = [f"created {name}" for name in self._create_missing()]
+        created = self._create_missing()
+        self._wait_until_known()
+        done = [f"created {name}" for name in created]
         for drift in self.drift():
             if drift.what == "partitions":
                 if int(drift.found) < int(drift.wanted):
@@ -91,6 +95,14 @@ class TopicAdmin:
                 if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
                     raise self._translated(error) from error
         return created
+
+    def _wait_until_known(self) -> None:
+        """A broker acknowledges a topic a moment before it lists it."""
+        give_up = time.monotonic() + _TIMEOUT_S
+        while missing := TOPICS.keys() - self._layout().keys():
+            if time.monotonic() > give_up:
+                raise Unreachable("Kafka", self._bootstrap, f"it does not list {', '.join(sorted(missing))}")
+            time.sleep(_LISTED_PAUSE_S)
 
     def _layout(self) -> dict[str, int]:
         try:

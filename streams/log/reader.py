@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import closing
 from typing import Any, Final, cast
@@ -26,6 +27,7 @@ from streams.log.record import Record
 from streams.log.record import TopicPartition as OurPartition
 
 _TIMEOUT_S: Final = 5.0
+_LEADER_PAUSE_S: Final = 0.05
 _STALL_S: Final = 10.0
 _BATCH: Final = 2_000
 _EARLIEST: Final = OffsetSpec.earliest()  # type: ignore[no-untyped-call]
@@ -190,22 +192,28 @@ class KafkaReader:
             raise self._translated(error, topic) from error
 
     def _list_offsets(self, topic: str, partition: int, *specs: OffsetSpec) -> list[int]:
+        give_up = time.monotonic() + self._timeout_s
         at = TopicPartition(topic, partition)
-        asked = [
-            self._admin().list_offsets(
-                {at: spec},
-                isolation_level=IsolationLevel.READ_UNCOMMITTED,
-                request_timeout=self._timeout_s,
-            )[at]
-            for spec in specs
-        ]
-        try:
-            return [int(future.result().offset) for future in asked]
-        except KafkaException as error:
-            # "No leader found": no such topic, no such partition, or no broker. Asking for the topic tells which.
-            if error.args[0].code() == KafkaError._NOENT and partition >= self.partitions(topic):
-                raise NotFound(f"no partition {partition} of topic {topic} at {self._bootstrap}") from error
-            raise self._translated(error, topic) from error
+        while True:
+            asked = [
+                self._admin().list_offsets(
+                    {at: spec},
+                    isolation_level=IsolationLevel.READ_UNCOMMITTED,
+                    request_timeout=max(0.1, give_up - time.monotonic()),
+                )[at]
+                for spec in specs
+            ]
+            try:
+                return [int(future.result().offset) for future in asked]
+            except KafkaException as error:
+                code = error.args[0].code()
+                # "No leader found": no such topic, no such partition, or no broker. Asking for the topic tells which.
+                if code == KafkaError._NOENT and partition >= self.partitions(topic):
+                    raise NotFound(f"no partition {partition} of topic {topic} at {self._bootstrap}") from error
+                # A topic that was just made, or a broker that just came back, is led a moment later.
+                if code not in _NO_LEADER_YET or time.monotonic() > give_up:
+                    raise self._translated(error, topic) from error
+            time.sleep(_LEADER_PAUSE_S)
 
     def _raise_unless_passing(self, error: KafkaError, topic: str) -> None:
         if error.code() in (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT):
@@ -219,6 +227,12 @@ class KafkaReader:
         return Unreachable("Kafka", self._bootstrap, what.str())
 
 
+_NO_LEADER_YET: Final = (
+    KafkaError._NOENT,
+    KafkaError.LEADER_NOT_AVAILABLE,
+    KafkaError.NOT_LEADER_FOR_PARTITION,
+    KafkaError.OFFSET_NOT_AVAILABLE,
+)
 _NOT_THERE: Final = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION)
 
 

@@ -1,0 +1,83 @@
+"""Brings a release's files: what is on disk already is verified and kept, the rest comes from the object store.
+
+Laws: nothing gets an artifact's name before its size, every chunk and the whole were verified; an error says whether
+its cause can pass (`retryable`); a fetch that nobody waits for any more ends at its next chunk; a file that two models
+share is brought by one at a time. It must not know plans, boards or trials.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, Protocol
+
+from edge_node.agent.model_files import GOLDEN, MODEL, ModelFiles
+from schemas.errors import ModelRefused, Unreachable
+from schemas.events import Artifact
+from streams.folds.releases import Wanted
+
+MAX_GOLDEN_BYTES: Final = 64 * 2**20
+
+
+class Store(Protocol):
+    """What is needed of the object store; `streams.artifacts.ArtifactStore` is one."""
+
+    def fetch(
+        self, artifact: Artifact, destination: Path, *, deadline_s: float, on_bytes: Callable[[int], None] = ...
+    ) -> None: ...
+
+    def get(self, key: str, max_bytes: int) -> bytes: ...
+
+
+class Abandoned(Exception):
+    """Nobody waits for this fetch any more."""
+
+
+class Downloader:
+    """`downloads` counts artifacts that were brought, not those found on disk."""
+
+    def __init__(self, store: Store, files: ModelFiles, *, deadline_s: float) -> None:
+        self._store, self._files, self._deadline_s = store, files, deadline_s
+        self.downloads = 0
+        self._lock = threading.Lock()
+        self._held: dict[str, threading.Lock] = {}
+
+    async def fetch(self, wanted: Wanted, abandoned: threading.Event) -> dict[str, float]:
+        """Has the files of the release on disk, verified; milliseconds by phase. Raises MlcdnError or Abandoned."""
+        return await asyncio.to_thread(self._fetch, wanted, abandoned)
+
+    def _fetch(self, wanted: Wanted, abandoned: threading.Event) -> dict[str, float]:
+        def going_on(_: int) -> None:
+            if abandoned.is_set():
+                raise Abandoned(wanted.model)
+
+        artifact, golden = wanted.released.artifact, wanted.released.golden
+        ms: dict[str, float] = {}
+        with self._lock:
+            alone = self._held.setdefault(artifact.sha256, threading.Lock())
+        try:
+            with alone:
+                began = time.perf_counter()
+                held = self._files.holds(artifact.sha256, MODEL)
+                ms["verify"] = (time.perf_counter() - began) * 1e3
+                if not held:
+                    going_on(0)
+                    began = time.perf_counter()
+                    destination = self._files.path(artifact.sha256, MODEL)
+                    # Verified chunk by chunk on the way, so there is no second pass over the bytes.
+                    self._store.fetch(artifact, destination, deadline_s=self._deadline_s, on_bytes=going_on)
+                    self._files.adopted(artifact.sha256)
+                    ms["download"] = (time.perf_counter() - began) * 1e3
+                    self.downloads += 1
+                if golden is not None and not self._files.holds(golden.sha256, GOLDEN):
+                    data = self._store.get(golden.object_key, MAX_GOLDEN_BYTES)
+                    if hashlib.sha256(data).hexdigest() != golden.sha256:
+                        raise ModelRefused(f"{golden.object_key} has another SHA-256 than the release names")
+                    self._files.write(golden.sha256, GOLDEN, data)
+        except OSError as error:
+            raise Unreachable("the disk", str(self._files.folder.name), error.strerror or "") from error
+        return ms

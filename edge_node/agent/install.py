@@ -1,0 +1,354 @@
+"""Carries plans out: one loop that plans, starts what is due, and writes the board.
+
+    wake → plan → Fetch, Trial: tasks, a bounded number at once · Activate, Forward, Retire: one write of the board
+         → a task that ends wakes the loop again
+
+Laws:
+- What the log says is None until a fold has caught up, and then nothing is planned: an agent that knows little takes
+  nothing away. The board as it stood is served meanwhile.
+- Every failure is a state (cause, attempts, when to try again), shown on the board, reported once a release and cause.
+- The board is written in a thread, one write at a time: a slow disk delays no invalidation.
+
+It must not know where a fold comes from, or how a fetch or a trial is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import msgspec
+import structlog
+
+from edge_node.agent import reconcile
+from edge_node.agent.download import Abandoned
+from edge_node.agent.model_files import GOLDEN, MODEL, ModelFiles
+from edge_node.agent.reconcile import Activate, Actual, Collect, Desired, Failure, Fetch, Forward, Retire, Trial
+from edge_node.board import BoardFile, BoardModel, BoardWriter
+from inference.trial_report import TrialReport
+from schemas.errors import MlcdnError, ModelRefused
+from schemas.events import ArtifactRejected, Event
+from schemas.metrics import counter
+from streams.folds.releases import Wanted
+
+IDLE_S: Final = 1.0
+POSITIONS_S: Final = 1.0
+DISK_PAUSE_S: Final = 1.0
+CAUSE_MAX: Final = 500
+
+log = structlog.get_logger()
+
+
+class Fetcher(Protocol):
+    async def fetch(self, wanted: Wanted, abandoned: threading.Event) -> dict[str, float]: ...
+
+
+class Trials(Protocol):
+    async def trial(
+        self, path: Path, sha256: str, golden_path: Path | None = None, rtol: float = ..., atol: float = ...
+    ) -> TrialReport: ...
+
+
+class Say(Protocol):
+    def __call__(self, event: Event, *, causation_id: str | None = None) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the installer needs to know of its node. `fleet` gives the fields that every report begins with."""
+
+    runtime: str
+    fetch_concurrency: int
+    disk_bytes: int
+    fleet: Callable[[], dict[str, Any]]
+    now_ms: Callable[[], int]
+    random: Callable[[], float]
+
+
+@dataclass(slots=True)
+class _Work:
+    wanted: Wanted
+    task: asyncio.Task[None]
+    abandoned: threading.Event = field(default_factory=threading.Event)
+
+
+class Installer:
+    """One event loop owns it. `desire` says what the log says; `run` does the rest."""
+
+    def __init__(
+        self, board: BoardWriter, files: ModelFiles, fetcher: Fetcher, trials: Trials, say: Say, around: Surroundings
+    ) -> None:
+        self._board, self._files, self._fetcher, self._trials = board, files, fetcher, trials
+        self._say, self._around = say, around
+        self._desired: Desired | None = None
+        self._positions: dict[str, int] = {}
+        self._failures: dict[str, Failure] = {}
+        self._busy: dict[str, _Work] = {}
+        self._ms: dict[tuple[str, str], dict[str, float]] = {}
+        self._previous: dict[str, frozenset[str]] = {}
+        self._turns = asyncio.Semaphore(around.fetch_concurrency)
+        self._wake = asyncio.Event()
+        self._positions_at = 0.0
+        self.writing = asyncio.Lock()
+        """Held while models.json is written; whoever else replaces the board takes it too."""
+
+    def desire(self, desired: Desired | None, positions: dict[str, int]) -> None:
+        """What the log says as of `positions`; None while that is not known."""
+        changed = desired != self._desired
+        self._desired, self._positions = desired, positions
+        if changed:
+            self._wake.set()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        stopped = asyncio.ensure_future(stop.wait())
+        try:
+            while not stop.is_set():
+                self._wake.clear()
+                pause = IDLE_S
+                try:
+                    await self._reconcile()
+                    pause = self._pause_s()
+                except OSError as error:
+                    # The old board is whole and served; the next plan writes what this one could not.
+                    log.error("board_not_written", error=error.strerror)
+                    pause = DISK_PAUSE_S
+                woken = asyncio.ensure_future(self._wake.wait())
+                await asyncio.wait({woken, stopped}, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+                woken.cancel()
+        finally:
+            stopped.cancel()
+            await self._end_work()
+
+    async def _reconcile(self) -> None:
+        desired = self._desired
+        if desired is None or self._board.file is None:
+            return
+        for model, work in self._busy.items():
+            wanted = desired.wanted.get(model)
+            if wanted is None or wanted.digest != work.wanted.digest:
+                work.abandoned.set()
+        stored = await asyncio.to_thread(self._files.stored)
+        steps = reconcile.plan(self._actual(stored), desired)
+        board: list[Activate | Forward | Retire] = []
+        for step in steps:
+            match step:
+                case Fetch():
+                    self._begin(step.wanted, self._fetch)
+                case Trial():
+                    self._begin(step.wanted, self._try_out)
+                case Activate() | Forward() | Retire():
+                    board.append(step)
+                case Collect():
+                    freed = await asyncio.to_thread(self._files.remove, step.names)
+                    log.info("artifacts_collected", files=len(step.names), bytes=freed)
+        await self._write(desired, board)
+
+    def _actual(self, stored: tuple[reconcile.StoredFile, ...]) -> Actual:
+        return Actual(
+            models=self._board.file.models if self._board.file else {},
+            verified=self._files.verified,
+            proofs=self._files.proofs,
+            failures=self._failures,
+            busy=frozenset(self._busy),
+            stored=stored,
+            previous=self._previous,
+            runtime=self._around.runtime,
+            disk_bytes=self._around.disk_bytes,
+            now_ms=self._around.now_ms(),
+        )
+
+    # -- the board
+
+    async def _write(self, desired: Desired, steps: list[Activate | Forward | Retire]) -> None:
+        """All that changed in one write. Positions alone do not wake every worker more than once a second."""
+        async with self.writing:
+            before = self._board.file
+            assert before is not None
+            after = msgspec.structs.replace(
+                before,
+                models=self._models(before, steps),
+                desired=desired.wanted,
+                errors=reconcile.errors(self._failures, desired),
+                positions=dict(self._positions),
+            )
+            if after == before:
+                return
+            moved_only = msgspec.structs.replace(after, positions=before.positions) == before
+            if moved_only and time.monotonic() - self._positions_at < POSITIONS_S:
+                return
+            await asyncio.to_thread(self._board.publish, after)
+            self._positions_at = time.monotonic()
+        for step in steps:
+            self._told(step, before)
+
+    def _models(self, before: BoardFile, steps: list[Activate | Forward | Retire]) -> dict[str, BoardModel]:
+        models = dict(before.models)
+        for step in steps:
+            if isinstance(step, Retire):
+                del models[step.model]
+                continue
+            wanted = step.wanted
+            old = models.get(wanted.model)
+            try:
+                slot = old.slot if old else self._board.free_slot(m.slot for m in (models | before.models).values())
+            except MlcdnError as error:
+                self._failed(wanted, "activate", error)
+                continue
+            if isinstance(step, Forward):
+                models[wanted.model] = BoardModel(wanted=wanted, slot=slot, forwarded=True)
+                continue
+            golden = wanted.released.golden
+            models[wanted.model] = BoardModel(
+                wanted=wanted,
+                path=self._files.relative(wanted.digest, MODEL),
+                golden_path=self._files.relative(golden.sha256, GOLDEN) if golden else None,
+                slot=slot,
+                ms=self._ms.get((wanted.model, wanted.digest), {}),
+            )
+        return models
+
+    def _told(self, step: Activate | Forward | Retire, before: BoardFile) -> None:
+        if isinstance(step, Retire):
+            self._previous.pop(step.model, None)
+            self._failures.pop(step.model, None)
+            log.info("model_taken_off_the_board", model=step.model)
+            return
+        wanted = step.wanted
+        old = before.models.get(wanted.model)
+        if old is not None and old.wanted.digest != wanted.digest:
+            self._previous[wanted.model] = reconcile.needs(old.wanted)
+        self._failures.pop(wanted.model, None)
+        self._ms.pop((wanted.model, wanted.digest), None)
+        self._files.used(wanted.digest)
+        log.info("model_on_the_board", model=wanted.model, version=wanted.version, sequence=wanted.sequence)
+
+    # -- tasks
+
+    def _begin(self, wanted: Wanted, work: Callable[[_Work], Coroutine[Any, Any, None]]) -> None:
+        async def bounded() -> None:
+            async with self._turns:
+                await self._guarded(wanted, lambda: work(mine))
+
+        task = asyncio.get_running_loop().create_task(bounded(), name=f"install:{wanted.model}")
+        mine = self._busy[wanted.model] = _Work(wanted, task)
+
+        def over(_: asyncio.Task[None]) -> None:
+            del self._busy[wanted.model]
+            self._wake.set()
+
+        task.add_done_callback(over)
+
+    async def _guarded(self, wanted: Wanted, work: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await work()
+        except Abandoned:
+            log.info("fetch_abandoned", model=wanted.model, sequence=wanted.sequence)
+        # Whatever breaks here concerns one model, and the others are to go on; it is said and tried again.
+        except Exception as error:
+            log.exception("install_broke", model=wanted.model)
+            self._record(wanted, "install", type(error).__name__, retryable=True)
+
+    async def _fetch(self, work: _Work) -> None:
+        wanted = work.wanted
+        if work.abandoned.is_set():
+            raise Abandoned(wanted.model)
+        try:
+            ms = await self._fetcher.fetch(wanted, work.abandoned)
+        except MlcdnError as error:
+            self._failed(wanted, "verify" if isinstance(error, ModelRefused) else "download", error)
+            return
+        self._ms.setdefault((wanted.model, wanted.digest), {}).update(ms)
+        self._passed(wanted)
+
+    async def _try_out(self, work: _Work) -> None:
+        wanted, golden = work.wanted, work.wanted.released.golden
+        path = self._files.path(wanted.digest, MODEL)
+        began = time.perf_counter()
+        try:
+            if golden is None:
+                report = await self._trials.trial(path, wanted.digest)
+            else:
+                golden_path = self._files.path(golden.sha256, GOLDEN)
+                report = await self._trials.trial(path, wanted.digest, golden_path, golden.rtol, golden.atol)
+        except MlcdnError as error:
+            self._failed(wanted, "trial", error)
+            return
+        self._ms.setdefault((wanted.model, wanted.digest), {})["trial"] = (time.perf_counter() - began) * 1e3
+        cause = report.reason if not report.ok else _unlike(wanted, report)
+        if cause:
+            phase = "golden" if report.golden == "failed" else "trial"
+            self._record(wanted, phase, cause, retryable=False)
+            return
+        await asyncio.to_thread(self._files.prove, reconcile.proof_of(wanted, self._around.runtime))
+        self._passed(wanted)
+
+    def _passed(self, wanted: Wanted) -> None:
+        failure = self._failures.get(wanted.model)
+        if failure is not None and failure.wanted == wanted:
+            del self._failures[wanted.model]
+
+    def _failed(self, wanted: Wanted, phase: str, error: MlcdnError) -> None:
+        self._record(wanted, phase, str(error), retryable=error.retryable)
+
+    def _record(self, wanted: Wanted, phase: str, cause: str, *, retryable: bool) -> None:
+        around = self._around
+        failure, news = reconcile.failed(
+            self._failures.get(wanted.model),
+            wanted,
+            phase,
+            cause[:CAUSE_MAX],
+            retryable=retryable,
+            now_ms=around.now_ms(),
+            random=around.random(),
+        )
+        self._failures[wanted.model] = failure
+        counter("mlcdn_artifacts_rejected_total").labels(phase).inc()
+        if not news:
+            return
+        log.error("artifact_rejected", model=wanted.model, phase=phase, cause=cause, retrying=retryable)
+        rejected = ArtifactRejected(
+            **around.fleet(),
+            model=wanted.model,
+            version=wanted.version,
+            sequence=wanted.sequence,
+            digest=wanted.digest,
+            position=wanted.position,
+            phase=phase,
+            cause=cause[:CAUSE_MAX],
+            retrying=retryable,
+        )
+        self._say(rejected, causation_id=wanted.cause)
+
+    def _pause_s(self) -> float:
+        retry_ms = reconcile.next_retry_ms(self._failures, frozenset(self._busy))
+        if retry_ms is None:
+            return IDLE_S
+        return min(IDLE_S, max(0.0, (retry_ms - self._around.now_ms()) / 1e3))
+
+    async def _end_work(self) -> None:
+        """A fetch ends at its next chunk; what it has is verified again by the next life."""
+        tasks = [work.task for work in self._busy.values()]
+        for work in self._busy.values():
+            work.abandoned.set()
+            work.task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _unlike(wanted: Wanted, report: TrialReport) -> str:
+    """How the model's tensors differ from those that the release promised to clients; empty when they do not."""
+    released = wanted.released
+    for what, promised, found in (
+        ("input", released.inputs, report.inputs),
+        ("output", released.outputs, report.outputs),
+    ):
+        says = {t.name: (t.datatype, len(t.shape)) for t in promised}
+        has = {t.name: (t.datatype, len(t.shape)) for t in found}
+        if says != has:
+            names = ", ".join(sorted(n for n in says.keys() | has.keys() if says.get(n) != has.get(n)))
+            return f"its {what}s are not those of the release: {names}"
+    return ""

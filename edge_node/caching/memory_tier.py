@@ -1,0 +1,84 @@
+"""The tier in the worker itself: entries as they are, bounded by bytes, second chance.
+
+Laws:
+- Every operation is O(1), amortised. Eviction takes from the head of a queue; what was asked for since it last stood
+  there goes round once more, so a scan of keys that nobody asks for again passes without washing out the rest.
+- A write never replaces an entry of a higher `as_of`.
+- What would take more than an eighth of the tier is not kept.
+
+It must not know whether an entry may answer. One event loop owns it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Final
+
+from edge_node.caching.entry import Entry
+
+# The objects around the strings counted below: 20,000 entries with bodies of 300 bytes took 948 bytes each.
+_OVERHEAD: Final = 600
+_LARGEST_SHARE: Final = 8
+
+
+class _Place:
+    __slots__ = ("asked_for", "entry", "size")
+
+    def __init__(self, entry: Entry, size: int) -> None:
+        self.entry, self.size, self.asked_for = entry, size, False
+
+
+class MemoryTier:
+    name: Final = "memory"
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes, self.bytes = max_bytes, 0
+        self._places: OrderedDict[bytes, _Place] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def get(self, key: bytes) -> Entry | None:
+        place = self._places.get(key)
+        if place is None:
+            return None
+        place.asked_for = True
+        return place.entry
+
+    def put(self, entry: Entry) -> bool:
+        """Whether it is kept."""
+        size = _size(entry)
+        held = self._places.get(entry.key)
+        if size > self.max_bytes // _LARGEST_SHARE or (held is not None and held.entry.as_of > entry.as_of):
+            return False
+        if held is not None:
+            self.bytes += size - held.size
+            held.entry, held.size = entry, size
+        else:
+            self._places[entry.key] = _Place(entry, size)
+            self.bytes += size
+        while self.bytes > self.max_bytes:
+            self._evict()
+        return entry.key in self._places
+
+    def drop(self, key: bytes) -> None:
+        place = self._places.pop(key, None)
+        if place is not None:
+            self.bytes -= place.size
+
+    def clear(self) -> None:
+        self._places.clear()
+        self.bytes = 0
+
+    def _evict(self) -> None:
+        key, place = next(iter(self._places.items()))
+        if place.asked_for:
+            place.asked_for = False
+            self._places.move_to_end(key)
+        else:
+            del self._places[key]
+            self.bytes -= place.size
+
+
+def _size(entry: Entry) -> int:
+    return _OVERHEAD + len(entry.body) + 2 * len(entry.name) + sum(64 + len(tag) for tag in entry.tags)

@@ -1,0 +1,265 @@
+"""The region's Redis or Valkey as a tier.
+
+Laws:
+- It never raises and never makes a request wait longer than `timeout_s`. redis-py's own defaults waited 4.5 s for a refused
+  server and for a hung one: no retry here, and one time-out around all of a round trip.
+- The first error opens the breaker. From then on a look-up costs nothing; only a PING in the background, over a
+  connection of its own, closes it. The connections of before are thrown away, and late replies with them.
+- Values are bytes from a stranger: no more than the cap is read of any, and what is not the entry asked for is removed.
+- The store decides on `as_of`, in a script, because nodes that share it lag differently.
+
+It must not know whether an entry may answer. One event loop owns it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+import structlog
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ResponseError
+
+from edge_node.caching.entry import FORMAT, Entry, EntryRefused, pack, unpack
+from edge_node.caching.tiers import dropped, missed
+from schemas.errors import SettingsInvalid
+from schemas.metrics import gauge
+
+TIMEOUT_S: Final = 0.05
+MAX_VALUE_BYTES: Final = 2**20
+PING_EVERY_S: Final = 0.25
+MAX_ASKING: Final = 64
+MAX_QUEUED: Final = 1_024
+MAX_QUEUED_BYTES: Final = 16 * 2**20
+BATCH: Final = 64
+BATCH_BYTES: Final = 256 * 2**10
+LAST_WRITES_S: Final = 0.3
+
+# Byte by byte: the server's string comparison follows its locale. What is no frame of this format is written over.
+SET_UNLESS_NEWER: Final = """
+local held = redis.pcall('GETRANGE', KEYS[1], 0, 15)
+if type(held) == 'string' and #held == 16 and string.sub(held, 1, 5) == string.sub(ARGV[1], 1, 5) then
+  for at = 9, 16 do
+    local old, new = string.byte(held, at), string.byte(ARGV[1], at)
+    if old > new then return 0 end
+    if old < new then break end
+  end
+end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+
+log = structlog.get_logger()
+
+
+class RedisTier:
+    name: Final = "redis"
+
+    def __init__(self, url: str, *, timeout_s: float = TIMEOUT_S, max_value_bytes: int = MAX_VALUE_BYTES) -> None:
+        self._url, self._timeout_s, self._max_value_bytes = url, timeout_s, max_value_bytes
+        try:
+            self._client = self._connect()
+        except ValueError:
+            # Not the URL itself: it may hold a password.
+            raise SettingsInvalid("redis_url is not a redis://, rediss:// or unix:// URL") from None
+        self._healing: asyncio.Task[None] | None = None
+        self._writing: asyncio.Task[None] | None = None
+        self._queue: dict[tuple[str, bytes], Entry] = {}
+        self._queued_bytes = 0
+        self._asking = 0
+        gauge("mlcdn_breaker_open").labels(self.name).set(0)
+
+    @property
+    def answers(self) -> bool:
+        return self._healing is None
+
+    async def get_many(self, keys: Sequence[bytes], digest: str, namespace: str) -> dict[bytes, Entry]:
+        if not self.answers or self._asking >= MAX_ASKING:
+            missed(self.name, "busy" if self.answers else "breaker", len(keys))
+            return {}
+        client = self._client
+        self._asking += 1
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                # GETRANGE, not GET: a value of 100 MB must not come here before it is found too long.
+                pipe = client.pipeline(transaction=False)
+                for key in keys:
+                    pipe.getrange(_at(namespace, key), 0, self._max_value_bytes)
+                replies = await pipe.execute(raise_on_error=False)
+        except Exception as error:
+            missed(self.name, _reason(error), len(keys))
+            self._open(client, error)
+            return {}
+        finally:
+            self._asking -= 1
+        found: dict[bytes, Entry] = {}
+        wrong: list[str] = []
+        for key, reply in zip(keys, replies, strict=True):
+            try:
+                found[key] = self._read(reply, key, digest, namespace)
+            except EntryRefused as refused:
+                missed(self.name, refused.reason)
+                if refused.reason not in ("absent", "store_error"):
+                    wrong.append(_at(namespace, key))
+        if wrong:
+            await self._remove(client, wrong)
+        return found
+
+    def offer(self, entry: Entry, namespace: str) -> None:
+        size = len(entry.body)
+        if not self.answers:
+            dropped(self.name, "breaker")
+        elif size > self._max_value_bytes:
+            dropped(self.name, "oversize")
+        elif len(self._queue) >= MAX_QUEUED or self._queued_bytes + size > MAX_QUEUED_BYTES:
+            dropped(self.name, "queue_full")
+        else:
+            at = (namespace, entry.key)
+            queued = self._queue.get(at)
+            if queued is None or queued.as_of <= entry.as_of:
+                self._queue[at] = entry
+                self._queued_bytes += size - (len(queued.body) if queued is not None else 0)
+            if self._writing is None:
+                self._writing = asyncio.get_running_loop().create_task(self._write())
+
+    async def settle(self) -> None:
+        while self._writing is not None:
+            await asyncio.wait({self._writing})
+
+    async def close(self) -> None:
+        try:
+            async with asyncio.timeout(LAST_WRITES_S):
+                await self.settle()
+        except TimeoutError:
+            dropped(self.name, "closed", len(self._queue))
+        tasks = [t for t in (self._writing, self._healing) if t is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await _discard(self._client)
+
+    def _read(self, reply: object, key: bytes, digest: str, namespace: str) -> Entry:
+        if isinstance(reply, ResponseError):
+            raise EntryRefused("wrong_type" if str(reply).startswith("WRONGTYPE") else "store_error")
+        if not isinstance(reply, bytes):
+            raise EntryRefused("store_error")
+        if not reply:
+            raise EntryRefused("absent")
+        if len(reply) > self._max_value_bytes:
+            raise EntryRefused("oversize")
+        return unpack(reply, key=key, digest=digest, namespace=namespace)
+
+    async def _remove(self, client: Redis, at: Sequence[str]) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await client.unlink(*at)
+        except Exception as error:
+            self._open(client, error)
+
+    async def _write(self) -> None:
+        """Ends when the queue is empty; the next offer starts another."""
+        try:
+            while self._queue:
+                client, batch = self._client, self._batch()
+                try:
+                    async with asyncio.timeout(self._timeout_s):
+                        await self._write_batch(client, batch)
+                except Exception as error:
+                    dropped(self.name, _reason(error), len(batch) + len(self._queue))
+                    self._queue.clear()
+                    self._queued_bytes = 0
+                    self._open(client, error)
+        finally:
+            self._writing = None
+
+    def _batch(self) -> list[tuple[str, Entry]]:
+        batch: list[tuple[str, Entry]] = []
+        size = 0
+        while self._queue and len(batch) < BATCH and size < BATCH_BYTES:
+            at = next(iter(self._queue))
+            entry = self._queue.pop(at)
+            size += len(entry.body)
+            batch.append((at[0], entry))
+        self._queued_bytes -= size
+        return batch
+
+    async def _write_batch(self, client: Redis, batch: Sequence[tuple[str, Entry]]) -> None:
+        now_ms = time.time_ns() // 1_000_000
+        script = client.register_script(SET_UNLESS_NEWER)
+        pipe = client.pipeline(transaction=False)
+        written = 0
+        for namespace, entry in batch:
+            ttl_ms = entry.last_use_ms - now_ms
+            frame = pack(entry, namespace)
+            if ttl_ms <= 0 or len(frame) > self._max_value_bytes:
+                dropped(self.name, "oversize" if ttl_ms > 0 else "expired")
+                continue
+            await script(keys=[_at(namespace, entry.key)], args=[frame, ttl_ms], client=pipe)
+            written += 1
+        if written:
+            for reply in await pipe.execute(raise_on_error=False):
+                if isinstance(reply, Exception):
+                    dropped(self.name, "store_error")
+                elif reply == 0:
+                    dropped(self.name, "older")
+
+    def _open(self, client: Redis, error: Exception) -> None:
+        if self._healing is None and client is self._client:
+            log.warning("cache_tier_left_alone", tier=self.name, cause=type(error).__name__)
+            gauge("mlcdn_breaker_open").labels(self.name).set(1)
+            self._healing = asyncio.get_running_loop().create_task(self._heal())
+
+    async def _heal(self) -> None:
+        await _discard(self._client)
+        while True:
+            await asyncio.sleep(PING_EVERY_S)
+            client = self._connect()
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    await client.ping()
+            except Exception as error:
+                log.debug("cache_tier_still_away", tier=self.name, cause=type(error).__name__)
+                await _discard(client)
+            except BaseException:
+                await _discard(client)
+                raise
+            else:
+                break
+        self._client, self._healing = client, None
+        gauge("mlcdn_breaker_open").labels(self.name).set(0)
+        log.info("cache_tier_back", tier=self.name)
+
+    def _connect(self) -> Redis:
+        """A client; it connects when it is first used."""
+        return Redis.from_url(
+            self._url,
+            socket_timeout=self._timeout_s,
+            socket_connect_timeout=self._timeout_s,
+            retry=Retry(NoBackoff(), 0),
+            retry_on_timeout=False,
+            health_check_interval=0,
+            max_connections=2 * MAX_ASKING,
+            protocol=2,
+        )
+
+
+def _at(namespace: str, key: bytes) -> str:
+    return f"mlcdn:{FORMAT}:{namespace}:{key.hex()}"
+
+
+def _reason(error: Exception) -> str:
+    """`timeout` or `unreachable`, as near as the client library tells them apart."""
+    # redis.exceptions.TimeoutError is no builtin TimeoutError.
+    return "timeout" if "Timeout" in type(error).__name__ else "unreachable"
+
+
+async def _discard(client: Any) -> None:
+    try:
+        async with asyncio.timeout(1):
+            await client.aclose()
+    except Exception as error:
+        log.debug("connection_did_not_close", cause=type(error).__name__)

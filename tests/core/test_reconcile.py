@@ -1,0 +1,309 @@
+"""Plans: what follows from what is and what is wanted, as tables, and as a law over crashes at any step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_node.agent.incarnation import corrected
+from edge_node.agent.reconcile import (
+    Activate,
+    Actual,
+    Collect,
+    Desired,
+    Failure,
+    Fetch,
+    Forward,
+    Retire,
+    Step,
+    StoredFile,
+    Trial,
+    errors,
+    failed,
+    needs,
+    next_retry_ms,
+    plan,
+    proof_of,
+)
+from edge_node.board import FIRST_MODEL, BoardModel
+from schemas.events import Artifact, Golden, ModelReleased, Placement, Tensor
+from schemas.names import golden_object_key, model_object_key
+from streams.folds.releases import Wanted
+
+RUNTIME = "onnxruntime 1"
+NOW = 1_000_000
+
+
+def wanted(model: str = "m", sequence: int = 1, digest: int = 1, *, golden: bool = False, **fields: Any) -> Wanted:
+    sha256 = f"{digest:064x}"
+    proof = f"{digest + 1_000:064x}"
+    released = ModelReleased(
+        model=model,
+        version=str(sequence),
+        sequence=sequence,
+        artifact=Artifact(
+            sha256=sha256,
+            size_bytes=10,
+            object_key=model_object_key(model, sha256),
+            chunk_size_bytes=65_536,
+            chunk_sha256=(bytes(32),),
+        ),
+        inputs=(),
+        outputs=(Tensor(name="y", datatype="FP32", shape=(-1, 1)),),
+        golden=Golden(object_key=golden_object_key(model, proof), sha256=proof) if golden else None,
+        created_at_ms=1,
+        author="a",
+        **fields,
+    )
+    return Wanted(
+        model=model, version=str(sequence), sequence=sequence, position=sequence, cause="c", released=released
+    )
+
+
+def on_board(w: Wanted) -> BoardModel:
+    forwarded = w.released.placement is Placement.ORIGIN
+    return BoardModel(wanted=w, path=None if forwarded else w.digest, slot=FIRST_MODEL, forwarded=forwarded)
+
+
+def desired(*wants: Wanted, retired: frozenset[str] = frozenset()) -> Desired:
+    return Desired(wanted={w.model: w for w in wants}, retired=retired)
+
+
+def actual(**fields: Any) -> Actual:
+    return Actual(**({"runtime": RUNTIME, "disk_bytes": 10**9, "now_ms": NOW} | fields))
+
+
+V1, V2 = wanted(sequence=1, digest=1), wanted(sequence=2, digest=2)
+GOLDEN = wanted(sequence=2, digest=2, golden=True)
+BACK = wanted(sequence=3, digest=1)
+FORWARDED = wanted(sequence=2, digest=2, placement=Placement.ORIGIN)
+SERVING_V1 = {"m": on_board(V1)}
+PROVEN = frozenset({proof_of(V1, RUNTIME), proof_of(V2, RUNTIME)})
+
+
+@pytest.mark.parametrize(
+    ("have", "want", "steps"),
+    [
+        pytest.param(actual(), desired(), (), id="nothing is wanted"),
+        pytest.param(actual(), desired(V1), (Fetch(V1),), id="new on an empty disk"),
+        pytest.param(actual(verified=needs(V1)), desired(V1), (Trial(V1),), id="a kill after the download"),
+        pytest.param(
+            actual(verified=needs(V1), proofs=PROVEN), desired(V1), (Activate(V1),), id="a kill after the trial"
+        ),
+        pytest.param(actual(models=SERVING_V1, verified=needs(V1), proofs=PROVEN), desired(V1), (), id="a redelivery"),
+        pytest.param(actual(models=SERVING_V1), desired(V1), (Fetch(V1),), id="served, not yet verified in this life"),
+        pytest.param(actual(models=SERVING_V1, verified=needs(V1)), desired(V2), (Fetch(V2),), id="a successor"),
+        pytest.param(
+            actual(models={"m": on_board(V2)}, verified=needs(V1) | needs(V2), proofs=PROVEN),
+            desired(BACK),
+            (Activate(BACK),),
+            id="a rollback moves a pointer",
+        ),
+        pytest.param(
+            actual(verified=needs(V2), proofs=PROVEN),
+            desired(GOLDEN),
+            (Fetch(GOLDEN),),
+            id="its golden file is missing",
+        ),
+        pytest.param(
+            actual(verified=needs(GOLDEN), proofs=PROVEN), desired(GOLDEN), (Trial(GOLDEN),), id="other golden outputs"
+        ),
+        pytest.param(
+            actual(verified=needs(V1), proofs=frozenset({proof_of(V1, "onnxruntime 0")})),
+            desired(V1),
+            (Trial(V1),),
+            id="proven on another runtime",
+        ),
+        pytest.param(actual(), desired(FORWARDED), (Forward(FORWARDED),), id="placed at the origin"),
+        pytest.param(actual(models={"m": on_board(FORWARDED)}), desired(FORWARDED), (), id="forwarded already"),
+        pytest.param(actual(busy=frozenset({"m"})), desired(V1), (), id="a step under way"),
+        pytest.param(actual(models=SERVING_V1), desired(retired=frozenset({"m"})), (Retire("m"),), id="retired"),
+        pytest.param(actual(), desired(retired=frozenset({"m"})), (), id="retired and gone"),
+        pytest.param(actual(models=SERVING_V1), desired(), (), id="the log was made again: unknown serves on"),
+        pytest.param(
+            actual(models=SERVING_V1, failures={"m": Failure(wanted=V2, phase="verify", cause="x")}),
+            desired(V2),
+            (),
+            id="refused for good",
+        ),
+        pytest.param(
+            actual(failures={"m": Failure(wanted=V1, phase="download", cause="x", retry_at_ms=NOW + 1)}),
+            desired(V1),
+            (),
+            id="its pause is not over",
+        ),
+        pytest.param(
+            actual(failures={"m": Failure(wanted=V1, phase="download", cause="x", retry_at_ms=NOW)}),
+            desired(V1),
+            (Fetch(V1),),
+            id="its pause is over",
+        ),
+        pytest.param(
+            actual(failures={"m": Failure(wanted=V1, phase="verify", cause="x")}),
+            desired(V2),
+            (Fetch(V2),),
+            id="another release after a refused one",
+        ),
+    ],
+)
+def test_the_next_step(have: Actual, want: Desired, steps: tuple[Step, ...]) -> None:
+    assert plan(have, want) == steps
+
+
+def stored(digest: str, size: int, used_ms: int) -> StoredFile:
+    return StoredFile(name=f"{digest}.onnx", digest=digest, size=size, used_ms=used_ms)
+
+
+def test_the_least_recently_used_go_first_and_what_is_needed_stays() -> None:
+    active, following, before = V1, V2, f"{3:064x}"
+    old, newer = f"{4:064x}", f"{5:064x}"
+    have = actual(
+        models={"m": on_board(active)},
+        verified=needs(active) | needs(following),
+        busy=frozenset({"m"}),
+        previous={"m": frozenset({before})},
+        stored=tuple(
+            stored(digest, 100, used)
+            for used, digest in enumerate([active.digest, following.digest, before, old, newer])
+        ),
+        disk_bytes=450,
+    )
+    assert plan(have, desired(following)) == (Collect((f"{old}.onnx",)),)
+    tight = msgspec.structs.replace(have, disk_bytes=0)
+    assert plan(tight, desired(following)) == (Collect((f"{old}.onnx", f"{newer}.onnx")),)
+
+
+def test_one_report_a_release_and_cause_and_pauses_that_double() -> None:
+    failure: Failure | None = None
+    news, pauses = [], []
+    for cause in ["away", "away", "broken", "away", "away"]:
+        failure, new = failed(failure, V1, "download", cause, retryable=True, now_ms=NOW, random=0.999999)
+        news.append(new)
+        assert failure.retry_at_ms is not None
+        pauses.append(failure.retry_at_ms - NOW)
+    assert news == [True, False, True, False, False]
+    assert pauses == [499, 999, 1999, 3999, 7999]
+    for _ in range(200):
+        failure, _ = failed(failure, V1, "download", "away", retryable=True, now_ms=NOW, random=0.0)
+    assert failure is not None
+    assert failure.retry_at_ms == NOW + 15_000  # half of the longest pause: jitter is over its upper half
+    other, new = failed(failure, V2, "download", "away", retryable=False, now_ms=NOW, random=0.5)
+    assert (other.attempts, other.retry_at_ms, new) == (1, None, True)
+
+
+def test_when_to_look_again_and_what_the_board_says() -> None:
+    passing = Failure(wanted=V1, phase="download", cause="away", retry_at_ms=NOW + 7)
+    final = Failure(wanted=wanted("n"), phase="golden", cause="differs")
+    failures = {"m": passing, "n": final}
+    assert next_retry_ms(failures, frozenset()) == NOW + 7
+    assert next_retry_ms(failures, frozenset({"m"})) is None
+    assert errors(failures, desired(V1, wanted("n"))) == {"m": "download: away", "n": "golden: differs"}
+    assert errors(failures, desired(V2)) == {}  # of a release that nobody wants any more
+
+
+@pytest.mark.parametrize(
+    ("current", "heard", "then"),
+    [(1, 0, 1), (1, 1, 2), (1, 7, 8), (5, 5, 5), (5, 4, 5), (5, 6, 7)],
+    ids=["fresh", "wiped, heard once", "wiped", "this life", "the life before", "restored from an old copy"],
+)
+def test_an_incarnation_rises_above_what_was_heard(current: int, heard: int, then: int) -> None:
+    assert corrected(current, heard) == then
+
+
+class World:
+    """Does steps as the driver does: what a step leaves is on disk, and a crash forgets the rest."""
+
+    def __init__(self) -> None:
+        self.models: dict[str, BoardModel] = {}
+        self.on_disk: set[str] = set()
+        self.verified: set[str] = set()
+        self.proofs: set[Any] = set()
+        self.downloads: list[str] = []
+
+    def actual(self) -> Actual:
+        return actual(
+            models=dict(self.models), verified=frozenset(self.verified), proofs=frozenset(self.proofs), busy=frozenset()
+        )
+
+    def do(self, step: Step) -> None:
+        match step:
+            case Fetch(wanted=w):
+                if w.digest not in self.on_disk:
+                    self.downloads.append(w.digest)
+                self.on_disk |= needs(w)
+                self.verified |= needs(w)
+            case Trial(wanted=w):
+                assert needs(w) <= self.verified, "nothing unverified is tried"
+                self.proofs.add(proof_of(w, RUNTIME))
+            case Activate(wanted=w):
+                assert needs(w) <= self.verified, "nothing unverified is activated"
+                assert proof_of(w, RUNTIME) in self.proofs, "nothing untried is activated"
+                self.models[w.model] = on_board(w)
+            case Forward(wanted=w):
+                self.models[w.model] = on_board(w)
+            case Retire(model=name):
+                del self.models[name]
+            case Collect():
+                raise AssertionError("the disk is large")
+
+    def crash(self) -> None:
+        self.verified.clear()
+
+    def settle(self, want: Desired) -> None:
+        for _ in range(20):
+            steps = plan(self.actual(), want)
+            if not steps:
+                return
+            for step in steps:
+                self.do(step)
+        raise AssertionError("plans do not come to an end")
+
+
+def test_a_replay_of_200_releases_is_one_download_and_a_redelivery_none() -> None:
+    world = World()
+    releases = [wanted(sequence=i, digest=i) for i in range(1, 201)]
+    world.settle(desired(releases[-1]))  # a fold leaves the last one
+    assert world.downloads == [releases[-1].digest]
+    world.settle(desired(releases[-1]))
+    world.crash()
+    world.settle(desired(releases[-1]))
+    assert world.downloads == [releases[-1].digest]
+
+
+RELEASES = st.builds(
+    wanted,
+    model=st.sampled_from(["a", "b", "c"]),
+    sequence=st.integers(1, 50),
+    digest=st.integers(1, 5),
+    golden=st.booleans(),
+    placement=st.sampled_from([Placement.EDGE, Placement.AUTO, Placement.ORIGIN]),
+)
+LOGS = st.builds(
+    lambda wants, gone: Desired(wanted={w.model: w for w in wants if w.model not in gone}, retired=frozenset(gone)),
+    st.lists(RELEASES, max_size=5),
+    st.sets(st.sampled_from(["a", "b", "c"])),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(logs=st.lists(st.tuples(LOGS, st.integers(0, 12)), min_size=1, max_size=6))
+def test_whatever_was_cut_short_the_next_plans_come_to_the_same_end(logs: list[tuple[Desired, int]]) -> None:
+    """A crash after any number of steps of each log; between crashes a model that was served is always served."""
+    world = World()
+    for want, steps in logs:
+        served = world.models.keys() - want.retired
+        for _ in range(steps):
+            todo = plan(world.actual(), want)
+            if not todo:
+                break
+            world.do(todo[0])
+            assert served <= world.models.keys(), "the old release stays until the new one is there"
+        world.crash()
+    last = logs[-1][0]
+    world.settle(last)
+    assert {m: b.wanted for m, b in world.models.items() if m in last.wanted} == last.wanted
+    assert not world.models.keys() & last.retired
