@@ -16,6 +16,7 @@ worker may be gone and the others serve. It must not know models, caches or the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -121,7 +122,8 @@ async def end_old_agent(directory: Path) -> None:
         if pid is not None and _is_agent(pid):
             late = asked == pid and time.monotonic() > until - REAP_S / 2
             log.warning("old_agent_ended", child_pid=pid, killed=late)
-            os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
             asked = pid
         await asyncio.sleep(0.1)
 

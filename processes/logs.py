@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import structlog
 from structlog.typing import Processor
 
+# A line a request, or for every phase of a start: nothing that an operator would look for.
+CHATTY_LOGGERS = ("httpx", "httpcore", "faust", "mode", "aiokafka")
 NOISY_LOGGERS = ("aiokafka", "faust", "mode", "botocore", "redis", "librdkafka")
 LINES_PER_WINDOW = 5
 WINDOW_S = 10.0
@@ -68,6 +70,8 @@ def configure(level: str = "INFO", json: bool | None = None) -> None:
         old.close()
     root.addHandler(handler)
     root.setLevel(level.upper())
+    for chatty in CHATTY_LOGGERS:
+        logging.getLogger(chatty).setLevel(max(root.level, logging.WARNING))
     logging.captureWarnings(True)
 
 

@@ -40,7 +40,7 @@ from schemas.metrics import counter
 
 MODEL_PATH: Final = re.compile(r"/v2/models/([^/]+)(?:/|$)")
 # Beyond this a table is old enough to say so: several of its longest intervals.
-STALE_S: Final = 15.0
+STALE_S: Final = 10.0
 
 log = structlog.get_logger(__name__)
 

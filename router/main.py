@@ -8,6 +8,7 @@ It answers from its saved table before Kafka does, and on when Kafka goes.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import socket
 from collections.abc import Iterator
@@ -99,6 +100,8 @@ def main() -> None:
     try:
         settings = load()
         logs.configure(settings.log_level)
+        # It says a line for each request at INFO: for a router, one for each node and second.
+        logging.getLogger("httpx").setLevel(logging.WARNING)
         asyncio.run(_main(settings))
     except SettingsInvalid as error:
         raise SystemExit(str(error)) from None

@@ -27,7 +27,7 @@ from streams.log.record import LogReader, Record, TopicPartition
 
 RETRY_S: Final = 1.0
 # Without a record for so long the topic is looked at again: it may have been made anew, or the connection hangs.
-SILENCE_S: Final = 10.0
+SILENCE_S: Final = 5.0
 
 log = structlog.get_logger(__name__)
 

@@ -8,6 +8,7 @@ share is brought by one at a time. It must not know plans, boards or trials.
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import threading
 import time
@@ -79,5 +80,8 @@ class Downloader:
                         raise ModelRefused(f"{golden.object_key} has another SHA-256 than the release names")
                     self._files.write(golden.sha256, GOLDEN, data)
         except OSError as error:
+            if error.errno == errno.ENOSPC:
+                # What is half there must not keep the disk full; with room again it is fetched anew.
+                self._files.path(artifact.sha256, MODEL).with_name(f".{artifact.sha256}.{MODEL}.part").unlink(True)
             raise Unreachable("the disk", str(self._files.folder.name), error.strerror or "") from error
         return ms

@@ -184,7 +184,9 @@ class Installer:
             await asyncio.to_thread(self._board.publish, after)
             self._positions_at = time.monotonic()
         for step in steps:
-            self._told(step, before)
+            # A step may have failed meanwhile, for want of a slot; what it left is for the next plan.
+            if isinstance(step, Retire) or after.models.get(step.wanted.model) != before.models.get(step.wanted.model):
+                self._told(step, before)
 
     def _models(self, before: BoardFile, steps: list[Activate | Forward | Retire]) -> dict[str, BoardModel]:
         models = dict(before.models)

@@ -22,7 +22,8 @@ from schemas.events import Placement
 from streams.folds.releases import Releases, Wanted, desired
 
 FIRST_PAUSE_MS: Final = 500
-LAST_PAUSE_MS: Final = 30_000
+# A release that waited for the object store is to be served within 5 s of its return.
+LAST_PAUSE_MS: Final = 4_000
 
 
 class Desired(msgspec.Struct, frozen=True, kw_only=True):

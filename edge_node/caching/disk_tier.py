@@ -17,8 +17,9 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import lmdb
 import structlog
@@ -53,7 +54,7 @@ class DiskTier:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="disk-tier")
         self._generations: Generations | None = None  # the thread's
         self._failed_at = -RETRY_S
-        self._stuck: asyncio.Future[object] | None = None
+        self._stuck: asyncio.Future[Any] | None = None
         self._queue: dict[tuple[str, bytes], Entry] = {}
         self._queued_bytes = 0
         self._writing: asyncio.Task[None] | None = None
@@ -126,6 +127,8 @@ class DiskTier:
             log.warning("cache_tier_did_not_close", tier=self.name, cause=type(error).__name__)
         finally:
             self._closed = True
+            if self._writing is not None:
+                self._writing.cancel()
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _write(self) -> None:
@@ -133,11 +136,9 @@ class DiskTier:
         try:
             while self._queue:
                 if not self._hurry.is_set():
-                    try:
+                    with suppress(TimeoutError):
                         async with asyncio.timeout(GATHER_S):
                             await self._hurry.wait()
-                    except TimeoutError:
-                        pass  # nobody is in a hurry
                 batch = self._batch()
                 try:
                     written, used = await self._in_thread(lambda batch=batch: self._put(batch))  # type: ignore[misc]

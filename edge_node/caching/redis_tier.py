@@ -90,7 +90,7 @@ class RedisTier:
                 for key in keys:
                     pipe.getrange(_at(namespace, key), 0, self._max_value_bytes)
                 replies = await pipe.execute(raise_on_error=False)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 — counted
             missed(self.name, _reason(error), len(keys))
             self._open(client, error)
             return {}
@@ -157,7 +157,7 @@ class RedisTier:
         try:
             async with asyncio.timeout(self._timeout_s):
                 await client.unlink(*at)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 — the breaker says so
             self._open(client, error)
 
     async def _write(self) -> None:
@@ -168,7 +168,7 @@ class RedisTier:
                 try:
                     async with asyncio.timeout(self._timeout_s):
                         await self._write_batch(client, batch)
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 — counted
                     dropped(self.name, _reason(error), len(batch) + len(self._queue))
                     self._queue.clear()
                     self._queued_bytes = 0
@@ -221,7 +221,7 @@ class RedisTier:
             try:
                 async with asyncio.timeout(self._timeout_s):
                     await client.ping()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 — logged
                 log.debug("cache_tier_still_away", tier=self.name, cause=type(error).__name__)
                 await _discard(client)
             except BaseException:
@@ -261,5 +261,5 @@ async def _discard(client: Any) -> None:
     try:
         async with asyncio.timeout(1):
             await client.aclose()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 — logged
         log.debug("connection_did_not_close", cause=type(error).__name__)

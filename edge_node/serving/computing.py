@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from edge_node.serving.inference_protocol import encode_outputs
 from edge_node.serving.model_slot import Served
 from edge_node.serving.origin_client import OriginClient
 from inference.deadlines import Deadline
 from inference.onnx_model import RunFailed
+from inference.protocol import encode_outputs
 from schemas.errors import BadInput, BadTensor, Unreachable
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -18,9 +18,9 @@ import httpx
 import msgspec
 import numpy as np
 
-from edge_node.serving.inference_protocol import infer_body, outputs_in
 from inference.datatypes import TensorSpec
 from inference.deadlines import Deadline
+from inference.protocol import infer_body, outputs_in
 from schemas.errors import BadInput, BadTensor, DeadlineExceeded, NotReady, Overloaded, Unreachable
 
 MAX_ANSWER_BYTES = 64 * 2**20

@@ -283,15 +283,18 @@ class Predictor:
         found = await self._cache.lookup_shared(list(asks), served.digest, accept)
         left = []
         for flight in flights:
-            if flight.ask.key not in found:
+            hit = found.get(flight.ask.key)
+            # Again: another tier may have been waited for since `accept` took it.
+            verdict = self._judge(hit[0], flight.ask, controls) if hit is not None else Verdict.EXPIRED
+            if hit is None or not verdict.answers:
                 flight.asked += tiers
                 left.append(flight)
                 continue
-            entry, tier = found[flight.ask.key]
+            entry, tier = hit
             missed = ("memory", *tiers[: tiers.index(tier)])
             one = _of_entry(entry, tier, tuple(Consulted(t, False) for t in missed))
             self._land(flight, one)
-            if entry.fresh_until_ms <= _now_ms() and self._flights.find(flight.ask, True) is None:
+            if verdict is Verdict.STALE and self._flights.find(flight.ask, True) is None:
                 self._launch(served, [self._flights.start(flight.ask, True, one)], outputs, controls)
         return left
 

@@ -17,6 +17,9 @@ from mlcdn.client import Client, PredictionFailed
 from schemas.errors import BadInput, NotReady, Unreachable
 
 
+SHOWN = 10
+
+
 def register(app: typer.Typer) -> None:
     app.command()(route)
     app.command()(predict)
@@ -94,7 +97,8 @@ def predict(
         )
         return
     for name, tensor in found.outputs.items():
-        output.say(f"{name}: {tensor['data']}")
+        shown = str(tensor["data"][:SHOWN])
+        output.say(f"{name} {tensor['shape']}: {shown[:-1]}, …]" if len(tensor["data"]) > SHOWN else f"{name}: {shown}")
     output.say(f"{found.model} {found.version} {found.digest[:12]} from {found.node} ({found.cache_status})")
 
 

@@ -44,7 +44,7 @@ class FollowSpec:
 
 def build_app(spec: FollowSpec, member: str, handle: Callable[[Record], Awaitable[None]]) -> Any:
     """A Faust app that hands every record to `handle`, which must not raise. `member` is the static member id."""
-    app = faust.App(
+    app: Any = faust.App(
         spec.group,
         broker=[f"kafka://{server}" for server in spec.bootstrap.split(",")],
         key_serializer="raw",
@@ -78,7 +78,7 @@ def build_app(spec: FollowSpec, member: str, handle: Callable[[Record], Awaitabl
     return app
 
 
-class _ConsumerThread(WorkerThread):  # type: ignore[misc] # mode has no types
+class _ConsumerThread(WorkerThread):
     """Faust's own is no daemon, and so keeps a process from ending for as long as the broker is away."""
 
     def __init__(self, service: Any, **kwargs: Any) -> None:

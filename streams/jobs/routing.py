@@ -92,7 +92,10 @@ class RoutingJob:
         self._caught_up.set()
 
     def on_recreated(self, topic: str) -> None:
+        # What comes is read from its start: until that is done, the nodes stand as they were published.
+        self._caught_up.clear()
         if topic == FLEET.name:
+            self._inherit(self._published or self._inherited)
             self._fleet = Fleet()
         else:
             self._traffic = Traffic()
@@ -100,7 +103,7 @@ class RoutingJob:
     async def run(self, stop: asyncio.Event) -> None:
         if not await _first(self._caught_up, stop) or not await self._take_over(stop):
             return
-        while not stop.is_set():
+        while await _first(self._caught_up, stop):
             try:
                 await self.tick()
             except MlcdnError as error:
@@ -142,11 +145,13 @@ class RoutingJob:
                 await _sleep(RETRY_S, stop)
                 continue
             self._term = last.term + 1 if last else 1
-            self._inherited = last.nodes if last else ()
-            self._inherited_until = self._monotonic_ms() + self._policy.forget_dead_ms
+            self._inherit(last.nodes if last else ())
             log.info("routing_job_took_over", term=self._term, nodes=len(self._inherited))
             return True
         return False
+
+    def _inherit(self, nodes: tuple[RoutedNode, ...]) -> None:
+        self._inherited, self._inherited_until = nodes, self._monotonic_ms() + self._policy.forget_dead_ms
 
 
 def last_table(reader: LogReader) -> RoutesPublished | None:
@@ -187,6 +192,7 @@ async def _first(event: asyncio.Event, stop: asyncio.Event) -> bool:
 
 
 async def run(settings: Settings) -> None:
+    settings.dir.mkdir(parents=True, exist_ok=True)
     reader = KafkaReader(settings.kafka)
     writer = Writer(
         KafkaAppender(settings.kafka, client_id="mlcdn-routing", timeout_s=APPEND_S),

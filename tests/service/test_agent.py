@@ -40,6 +40,7 @@ from edge_node.board import (
     Fence,
     position_of,
 )
+from edge_node.main import end_old_agent
 from inference.golden import write_golden
 from inference.onnx_model import OnnxModel
 from inference.trial_report import TrialReport
@@ -347,7 +348,6 @@ def test_spoilt_bytes_are_never_activated_and_said_once(publisher: Publisher, tm
 
 # What is on disk when a step is over; a kill right then leaves the next step undone.
 STEPS: dict[str, Callable[[Path, str], bool]] = {
-    "caught up": lambda folder, _: (folder / "board" / "models.json").exists(),
     "downloading": lambda folder, digest: (folder / "artifacts" / f".{digest}.onnx.part").exists(),
     "downloaded": lambda folder, digest: (folder / "artifacts" / f"{digest}.onnx").exists(),
     "tried": lambda folder, digest: (folder / "artifacts" / f"{digest}.tried").exists(),
@@ -408,6 +408,9 @@ def test_a_second_agent_is_refused(publisher: Publisher, tmp_path: Path) -> None
         assert b"held by process" in second.stderr
         assert node.process is not None
         assert node.process.poll() is None
+        asyncio.run(end_old_agent(node.directory))  # as a parent does that finds one
+        assert node.process.wait(5) == 0
+        BoardWriter(node.directory).close()
 
 
 def test_the_parent_keeps_its_children_and_drains_them(publisher: Publisher, tmp_path: Path) -> None:
@@ -446,6 +449,14 @@ def test_the_parent_keeps_its_children_and_drains_them(publisher: Publisher, tmp
 
         after = until(replaced)
         assert first["workers"][1] in after["workers"]
+        until(lambda: parent.reader.fence.caught_up)
+
+        parent.kill()  # its children die with it
+        life, began = parent.reader.fence[INCARNATION], time.monotonic()
+        parent.start()
+        until(lambda: parent.reader.fence[INCARNATION] > life)
+        until(ready)
+        assert time.monotonic() - began < 5
         until(lambda: parent.reader.fence.caught_up)
         second = subprocess.run(
             [sys.executable, "-m", "edge_node.main"],

@@ -24,10 +24,11 @@ from msgspec.structs import replace
 
 from edge_node.board import CAUGHT_UP, INCARNATION, BoardModel, BoardReader, BoardWriter, LogIdentity
 from edge_node.caching.cache import Cache
+from edge_node.caching.disk_tier import DiskTier
 from edge_node.caching.memory_tier import MemoryTier
 from edge_node.serving.main import Worker
 from edge_node.serving.origin_client import OriginClient
-from inference.onnx_model import OnnxModel
+from inference.onnx_model import OnnxModel, RunFailed
 from processes.ports import free_port, listen
 from schemas import codec
 from schemas.events import (
@@ -155,9 +156,10 @@ class Node:
         return [event for event in events if isinstance(event, kind)]
 
     @asynccontextmanager
-    async def serving(self) -> AsyncIterator[httpx.AsyncClient]:
+    async def serving(self, *, disk: bool = False) -> AsyncIterator[httpx.AsyncClient]:
         """The worker over ASGI, with all that runs beside its requests; ready when it says so."""
-        cache = Cache(MemoryTier(self.settings.memory_cache_bytes), None, None)
+        on_disk = DiskTier(self.directory / "cache", 2**24) if disk else None
+        cache = Cache(MemoryTier(self.settings.memory_cache_bytes), None, on_disk)
         self.worker = Worker(self.settings, 0, "http://127.0.0.1:1", BoardReader(self.directory), cache, self.log)
         self.worker.look()
         beside = asyncio.create_task(self.worker.run())
@@ -170,7 +172,6 @@ class Node:
             beside.cancel()
             await asyncio.gather(beside, return_exceptions=True)
             await self.worker.close("stopped")
-            self.writer.close()
 
 
 async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
@@ -193,7 +194,7 @@ class Runs:
     """Counts and delays every run of every model."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count, self.rows, self.delay_s = 0, [], 0.0
+        self.count, self.delay_s, self.fail = 0, 0.0, False
         self.rows: list[int] = []
         original, lock = OnnxModel.run, threading.Lock()
 
@@ -202,6 +203,8 @@ class Runs:
                 self.count += 1
                 self.rows.append(len(next(iter(inputs.values()))))
             time.sleep(self.delay_s)
+            if self.fail:
+                raise RunFailed("told to fail")
             return original(model, inputs, *rest, **named)
 
         monkeypatch.setattr(OnnxModel, "run", counted)
@@ -448,6 +451,39 @@ def test_a_fill_that_raced_a_purge_is_never_served(tmp_path: Path, runs: Runs) -
             node.purge(MODEL_SCOPE)
             await racing
             assert not (await http.post("/predict", json={"features": ROW})).json()["cached"]
+
+    run(scenario())
+
+
+def test_disk_entries_survive_the_worker_and_count_only_once_the_agent_has_caught_up(
+    tmp_path: Path, runs: Runs
+) -> None:
+    async def scenario() -> None:
+        node = Node(tmp_path)
+        node.release(V1)
+
+        async def ask(http: httpx.AsyncClient) -> str:
+            return str((await http.post("/predict", json={"features": ROW})).headers["cache-status"])
+
+        async with node.serving(disk=True) as http:
+            assert await ask(http) == "mlcdn-disk; fwd=uri-miss; stored, mlcdn-memory; fwd=uri-miss; stored"
+        runs.reset()
+        async with node.serving(disk=True) as http:
+            assert (await ask(http)).startswith("mlcdn-disk; hit; ttl=") and (await ask(http)).startswith(
+                "mlcdn-memory; hit"
+            )
+        node.purge(MODEL_SCOPE)
+        async with node.serving(disk=True) as http:
+            assert "fwd" in await ask(http)
+        # Another start of the node: a purge may be unknown until its agent has caught up.
+        node.writer.fence.raise_to(INCARNATION, 2)
+        runs.reset()
+        async with node.serving(disk=True) as http:
+            assert await ask(http) == "mlcdn-memory; fwd=uri-miss; stored"
+            assert (await http.get("/health")).json()["degraded"] == ["agent", "caught_up"]
+        node.writer.fence.raise_to(CAUGHT_UP, 2)
+        async with node.serving(disk=True) as http:
+            assert "mlcdn-disk; hit" in await ask(http)
 
     run(scenario())
 
@@ -778,6 +814,14 @@ def test_a_stale_entry_is_served_while_it_is_refilled_and_where_the_model_fails(
             await until(lambda: runs.count == 1)
             await until(lambda: node.worker.predictor.in_flight == 0)
             assert (await http.post("/predict", json={"features": ROW})).json()["cached"] and runs.count == 1
+            node.release(V1, cache=CachePolicy(ttl_s=0, stale_while_revalidate_s=0, stale_if_error_s=60))
+            await until(lambda: len(node.said(ModelSwapped)) == 2)
+            other = [1.0] * 32
+            assert not (await http.post("/predict", json={"features": other})).json()["cached"]
+            runs.fail = True
+            stood_in = await http.post("/predict", json={"features": other})
+            assert stood_in.status_code == 200 and stood_in.json()["cached"]
+            assert (await http.post("/predict", json={"features": [2.0] * 32})).status_code == 500
 
     run(scenario())
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_node.serving import inference_protocol as oip
+from inference import protocol as oip
 from inference.datatypes import TensorSpec
 from schemas.errors import BadInput, BadTensor
 
