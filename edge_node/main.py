@@ -108,7 +108,7 @@ async def end_old_agent(directory: Path) -> None:
     """Ends the agent that a killed parent left on the board. On Linux it is dying already."""
     path = directory / "board" / "lock"
     until = time.monotonic() + REAP_S
-    asked: int | None = None
+    asked: tuple[int, signal.Signals] | None = None
     while True:
         try:
             RealDisk().lock(path)()
@@ -120,11 +120,13 @@ async def end_old_agent(directory: Path) -> None:
                 f"the board {path.parent} stays held by process {pid or 'unknown'}, which is not ours to end"
             )
         if pid is not None and _is_agent(pid):
-            late = asked == pid and time.monotonic() > until - REAP_S / 2
-            log.warning("old_agent_ended", child_pid=pid, killed=late)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
-            asked = pid
+            late = time.monotonic() > until - REAP_S / 2
+            number = signal.SIGKILL if late else signal.SIGTERM
+            if asked != (pid, number):
+                asked = (pid, number)
+                log.warning("old_agent_ended", child_pid=pid, signal=number.name)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
         await asyncio.sleep(0.1)
 
 

@@ -133,17 +133,22 @@ class Table:
 
 async def follow(reader: LogReader, table: Table, stop: asyncio.Event) -> None:
     """Keeps the table by the topic until `stop`: what stands there first, then what comes."""
+    away = False
     while not stop.is_set():
         try:
             await _follow(reader, table, stop)
+            away = False
         except MlcdnError as error:
-            if table.connected:
+            if not away:
                 log.warning("routes_not_read", error=str(error), table_age_s=table.age_s())
-            table.connected = False
+            away = True
             await _sleep(RETRY_S, stop)
+        finally:
+            table.connected = False
 
 
 async def _follow(reader: LogReader, table: Table, stop: asyncio.Event) -> None:
+    """Until `stop` or a silence."""
     topic_id = await asyncio.to_thread(reader.topic_id, ROUTES.name)
     table.of_topic(topic_id)
     low, high = await asyncio.to_thread(reader.watermarks, ROUTES.name, 0)

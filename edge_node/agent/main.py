@@ -183,16 +183,17 @@ async def serve(settings: Settings) -> None:
         agent.control.on_recreated,
     )
     topic_ids = follower.topic_ids
-    try:
-        async with stop_on_signals() as stop, asyncio.TaskGroup() as group:
-            following = group.create_task(follower.run(stop))
-            running = group.create_task(agent.run(stop))
-            await asyncio.wait({following, running}, return_when=asyncio.FIRST_COMPLETED)
-            stop.set()
-    finally:
-        await trials.close()
-        await writer.close()
-        board.close()
+    async with stop_on_signals() as stop:  # around the closing too: a second SIGTERM cuts nothing short
+        try:
+            async with asyncio.TaskGroup() as group:
+                following = group.create_task(follower.run(stop))
+                running = group.create_task(agent.run(stop))
+                await asyncio.wait({following, running}, return_when=asyncio.FIRST_COMPLETED)
+                stop.set()
+        finally:
+            await trials.close()
+            await writer.close()
+            board.close()
 
 
 def main() -> int:

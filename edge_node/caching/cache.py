@@ -4,8 +4,8 @@
     fill     memory at once; Redis and disk behind the answer
 
 Laws:
-- `shared=False` means that Redis and disk are neither read nor filled: the agent has not caught up, so purges of what they
-  hold may be unknown here. The same holds while no log is known (`adopt`).
+- `shared=False` means that Redis and disk are neither read nor filled: the agent has not caught up, so purges of
+  what they hold may be unknown here. The same holds while no log is known (`adopt`).
 - Another log is another namespace: nothing of the old one is found again, and memory is emptied.
 - A tier that fails, or holds what it should not, costs a counter and never an error.
 

@@ -1,8 +1,8 @@
 """The host's disk as a tier: what a restarted worker starts warm from.
 
 Laws:
-- The loop never touches the disk: all of it happens in one thread, reads as they come, writes gathered for 0.1 s and then
-  written in one transaction. A look-up waits `timeout_s` at most; while the thread is stuck, look-ups cost nothing.
+- The loop never touches the disk: all of it happens in one thread, reads as they come, writes gathered for 0.1 s and
+  then written in one transaction. A look-up waits `timeout_s` at most; while the thread is stuck, look-ups cost nothing.
 - The queue of writes is bounded, and what does not fit is counted and forgotten.
 - Each worker has a directory of its own: the files are dropped and begun anew by whoever has them open, and LMDB has no
   way to tell another process. Two on one directory: the second one's tier stays off, and looks again each second.

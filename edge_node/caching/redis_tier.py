@@ -1,8 +1,8 @@
 """The region's Redis or Valkey as a tier.
 
 Laws:
-- It never raises and never makes a request wait longer than `timeout_s`. redis-py's own defaults waited 4.5 s for a refused
-  server and for a hung one: no retry here, and one time-out around all of a round trip.
+- It never raises and never makes a request wait longer than `timeout_s`. redis-py's own defaults waited 4.5 s for a
+  refused server and for a hung one: no retry here, and one time-out around all of a round trip.
 - The first error opens the breaker. From then on a look-up costs nothing; only a PING in the background, over a
   connection of its own, closes it. The connections of before are thrown away, and late replies with them.
 - Values are bytes from a stranger: no more than the cap is read of any, and what is not the entry asked for is removed.
@@ -86,11 +86,11 @@ class RedisTier:
         try:
             async with asyncio.timeout(self._timeout_s):
                 # GETRANGE, not GET: a value of 100 MB must not come here before it is found too long.
-                pipe = client.pipeline(transaction=False)
-                for key in keys:
-                    pipe.getrange(_at(namespace, key), 0, self._max_value_bytes)
-                replies = await pipe.execute(raise_on_error=False)
-        except Exception as error:  # noqa: BLE001 — counted
+                async with client.pipeline(transaction=False) as pipe:
+                    for key in keys:
+                        pipe.getrange(_at(namespace, key), 0, self._max_value_bytes)
+                    replies = await pipe.execute(raise_on_error=False)
+        except Exception as error:  # noqa: BLE001 (counted)
             missed(self.name, _reason(error), len(keys))
             self._open(client, error)
             return {}
@@ -157,7 +157,7 @@ class RedisTier:
         try:
             async with asyncio.timeout(self._timeout_s):
                 await client.unlink(*at)
-        except Exception as error:  # noqa: BLE001 — the breaker says so
+        except Exception as error:  # noqa: BLE001 (the breaker says so)
             self._open(client, error)
 
     async def _write(self) -> None:
@@ -168,7 +168,7 @@ class RedisTier:
                 try:
                     async with asyncio.timeout(self._timeout_s):
                         await self._write_batch(client, batch)
-                except Exception as error:  # noqa: BLE001 — counted
+                except Exception as error:  # noqa: BLE001 (counted)
                     dropped(self.name, _reason(error), len(batch) + len(self._queue))
                     self._queue.clear()
                     self._queued_bytes = 0
@@ -190,22 +190,22 @@ class RedisTier:
     async def _write_batch(self, client: Redis, batch: Sequence[tuple[str, Entry]]) -> None:
         now_ms = time.time_ns() // 1_000_000
         script = client.register_script(SET_UNLESS_NEWER)
-        pipe = client.pipeline(transaction=False)
         written = 0
-        for namespace, entry in batch:
-            ttl_ms = entry.last_use_ms - now_ms
-            frame = pack(entry, namespace)
-            if ttl_ms <= 0 or len(frame) > self._max_value_bytes:
-                dropped(self.name, "oversize" if ttl_ms > 0 else "expired")
-                continue
-            await script(keys=[_at(namespace, entry.key)], args=[frame, ttl_ms], client=pipe)
-            written += 1
-        if written:
-            for reply in await pipe.execute(raise_on_error=False):
-                if isinstance(reply, Exception):
-                    dropped(self.name, "store_error")
-                elif reply == 0:
-                    dropped(self.name, "older")
+        async with client.pipeline(transaction=False) as pipe:
+            for namespace, entry in batch:
+                ttl_ms = entry.last_use_ms - now_ms
+                frame = pack(entry, namespace)
+                if ttl_ms <= 0 or len(frame) > self._max_value_bytes:
+                    dropped(self.name, "oversize" if ttl_ms > 0 else "expired")
+                    continue
+                await script(keys=[_at(namespace, entry.key)], args=[frame, ttl_ms], client=pipe)
+                written += 1
+            replies = await pipe.execute(raise_on_error=False) if written else []
+        for reply in replies:
+            if isinstance(reply, Exception):
+                dropped(self.name, "store_error")
+            elif reply == 0:
+                dropped(self.name, "older")
 
     def _open(self, client: Redis, error: Exception) -> None:
         if self._healing is None and client is self._client:
@@ -221,7 +221,7 @@ class RedisTier:
             try:
                 async with asyncio.timeout(self._timeout_s):
                     await client.ping()
-            except Exception as error:  # noqa: BLE001 — logged
+            except Exception as error:  # noqa: BLE001 (logged)
                 log.debug("cache_tier_still_away", tier=self.name, cause=type(error).__name__)
                 await _discard(client)
             except BaseException:
@@ -261,5 +261,5 @@ async def _discard(client: Any) -> None:
     try:
         async with asyncio.timeout(1):
             await client.aclose()
-    except Exception as error:  # noqa: BLE001 — logged
+    except Exception as error:  # noqa: BLE001 (logged)
         log.debug("connection_did_not_close", cause=type(error).__name__)

@@ -67,6 +67,8 @@ def _steps(mlcdn: Mlcdn, work: Path) -> None:
             mlcdn.json("publish", MODEL, str(digits.v1), "--version", "v1", "--golden", str(digits.golden), "--wait"),
             found,
         )
+    with step("wait until the routing table knows that every edge serves it") as found:
+        found.append(", ".join(_routed(router)))
     with step("ask through the router for the held-out digits") as found:
         labels, caches = _ask_all(router, digits)
         accuracy = float((labels == digits.labels).mean())
@@ -97,6 +99,17 @@ def _steps(mlcdn: Mlcdn, work: Path) -> None:
     with step("audit: the log judged again, every live node held against it; the story so far") as found:
         mlcdn("audit", "verify")
         found += mlcdn("audit", "story", MODEL).splitlines()
+
+
+def _routed(router: str) -> list[str]:
+    """The edges that the router names for the model, once there are three."""
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        answer = httpx.get(f"{router}/route", params={"model": MODEL}, trust_env=False).json()
+        if answer["model_known"] and len(answer["edges"]) == 3:
+            return [edge["node"] for edge in answer["edges"]]
+        time.sleep(0.1)
+    raise PromiseBroken("the routing table does not name three edges within 20 s")
 
 
 def _published(released: dict[str, Any], found: list[str]) -> None:

@@ -42,8 +42,8 @@ class FollowSpec:
     security: Mapping[str, str] = field(default_factory=dict)
 
 
-def build_app(spec: FollowSpec, member: str, handle: Callable[[Record], Awaitable[None]]) -> Any:
-    """A Faust app that hands every record to `handle`, which must not raise. `member` is the static member id."""
+def build_app(spec: FollowSpec, handle: Callable[[Record], Awaitable[None]]) -> Any:
+    """A Faust app that hands every record to `handle`, which must not raise."""
     app: Any = faust.App(
         spec.group,
         broker=[f"kafka://{server}" for server in spec.bootstrap.split(",")],
@@ -63,7 +63,7 @@ def build_app(spec: FollowSpec, member: str, handle: Callable[[Record], Awaitabl
         stream_wait_empty=False,
         worker_redirect_stdouts=False,
         consumer_metadata_max_age_ms=30_000,
-        consumer_group_instance_id=member,
+        consumer_group_instance_id=spec.instance,
         consumer_auto_offset_reset="earliest",
     )
     for topic in spec.topics:

@@ -7,8 +7,9 @@ One attempt:
  3. `on_caught_up` is told, if it was not yet;
  4. those positions are committed for the group, so that Faust begins there;
  5. a new app is started, within a deadline: a forbidden group would hang for ever;
- 6. the watch, every half second, by what the broker says: records that stay unread for a second (Faust is slow to come
-    back after an outage) are read by the plain reader; a Faust that delivers nothing for `STALL_S` ends the attempt;
+ 6. the watch, by what the broker says: records that stay unread for `HELP_S` are read by the plain reader (Faust is slow
+    to come back after an outage, and stands still for good before a header name that is not UTF-8); a Faust that
+    delivers nothing for `STALL_S` ends the attempt, and the next one has a group of its own;
  7. the app is stopped, also after a failed start; the next attempt follows after 0.5 to 10 s.
 
 Laws: a record reaches `on_record` once in the life of this process and in its partition's order; a new process begins
@@ -20,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import islice
 from typing import Any, Final
 
@@ -43,8 +45,8 @@ STOP_S: Final = 10.0
 # A stop takes 0.2 s, but for ever while the broker is away, and a process that ends has nothing to gain from it.
 LAST_STOP_S: Final = 2.0
 STALL_S: Final = 10.0
-HELP_S: Final = 1.0
-CHECK_S: Final = 0.5
+HELP_S: Final = 0.5
+CHECK_S: Final = 0.4
 IDENTITY_S: Final = 5.0
 FIRST_BACKOFF_S: Final = 0.5
 LAST_BACKOFF_S: Final = 10.0
@@ -133,12 +135,13 @@ class Follower:
         if not self.caught_up:  # 3
             self.caught_up = True
             self._on_caught_up()
-        await asyncio.to_thread(GroupPositions(self._spec).commit, dict(self.positions))  # 4
+        spec = replace(self._spec, group=self._group())
+        await asyncio.to_thread(GroupPositions(spec).commit, dict(self.positions))  # 4
         self._apps += 1
         if self._apps > 1:
             self.rebuilds += 1
             metrics.counter("mlcdn_follower_rebuilds_total").labels(self._spec.group).inc()
-        app = build_app(self._spec, self._member(), self._intake.deliver)  # 5
+        app = build_app(spec, self._intake.deliver)  # 5
         self._intake.delivered = dict(self.positions)
         start = asyncio.ensure_future(app.start())
         try:
@@ -238,10 +241,10 @@ class Follower:
             if await asyncio.to_thread(self._reader.topic_id, topic) != known:
                 raise Stalled(f"{topic} was made again")
 
-    def _member(self) -> str:
-        """The static member id. Another one after a stall: the group would give the same member what it had before,
-        which may be nothing (so seen after a topic was made again, until its leader looks at the topics anew)."""
-        return f"{self._spec.instance}-{self._stalls}" if self._stalls else self._spec.instance
+    def _group(self) -> str:
+        """A new group after each stall. The old one holds its dead member for a session, takes no commit meanwhile, and
+        gives the member that comes back what it had: the record that Faust cannot get past, or no partition at all."""
+        return f"{self._spec.group}.{self._stalls}" if self._stalls else self._spec.group
 
     async def _stop(self, app: Any, start: asyncio.Future[None]) -> None:
         task = asyncio.current_task()

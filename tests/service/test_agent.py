@@ -88,7 +88,7 @@ def until(what: Callable[[], T | None], seconds: float = 15.0) -> T:
         value = what()
         if value is not None and value is not False:
             return value
-        time.sleep(0.01)
+        time.sleep(0.002)
     raise AssertionError(f"not within {seconds} s")
 
 
@@ -360,7 +360,8 @@ def test_a_kill_at_any_step_leaves_old_or_new_and_the_next_life_comes_through(
     publisher: Publisher, tmp_path: Path, step: str
 ) -> None:
     model = f"killed-{step.replace(' ', '-')}"
-    old, new = models.mlp_bytes(20), models.big_model_bytes(6 << 20, seed=list(STEPS).index(step))
+    # Three chunks: enough of a download to be seen, and something to resume.
+    old, new = models.mlp_bytes(20), models.big_model_bytes(20 << 20, seed=list(STEPS).index(step))
     publisher.release(model, old)
     with running(publisher.settings(tmp_path / "n", model)) as node:
         until(lambda: node.serves(model, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -532,9 +533,10 @@ def test_a_swap_under_load_fails_nothing_and_mixes_nothing(tmp_path: Path) -> No
         expected = {V1: truth(V1, rows), V2: truth(V2, rows)}
         async with node.serving() as http:
             seen: list[str] = []
+            enough = asyncio.Event()
 
             async def load(start: int) -> None:
-                for index in range(start, len(rows), 4):
+                for index in itertools.takewhile(lambda _: not enough.is_set(), itertools.cycle(range(start, 400, 4))):
                     answer = await http.post("/predict", json={"features": rows[index]})
                     assert answer.status_code == 200, answer.text
                     digest = answer.headers["mlcdn-digest"]
@@ -544,9 +546,14 @@ def test_a_swap_under_load_fails_nothing_and_mixes_nothing(tmp_path: Path) -> No
             clients = [asyncio.create_task(load(start)) for start in range(4)]
             await until(lambda: len(seen) > 40)
             digests[node.release(V2, version="v2")] = V2
-            await until(lambda: seen[-1] == list(digests)[1])
+            # A load at the lowest priority beside a busy core may take its ten seconds.
+            await until(lambda: seen[-1] == list(digests)[1], 15)
+            after = len(seen)
+            await until(lambda: len(seen) > after + 40)
+            enough.set()
             await asyncio.gather(*clients)
-            assert set(seen) == set(digests) and len(seen) == 400
+            # Once for all: the old release answers only what had begun before.
+            assert set(seen) == set(digests) and set(seen[after + 4 :]) == {list(digests)[1]}
             # A rollback: the session is still in memory, the file is not needed.
             (tmp_path / "models" / f"{next(iter(digests))}.onnx").unlink()
             rolled = node.worker.slots.get("digits").loaded(next(iter(digests)))
