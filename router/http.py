@@ -154,8 +154,24 @@ class Doors:
             return None
 
     def _place(self, scope: Scope) -> Place:
-        said = QueryParams(scope["query_string"]) if scope["path"] == "/route" else QueryParams()
-        lat, lon = said.get("lat"), said.get("lon")
+        said = QueryParams(scope["query_string"])
+        try:
+            asked = self._asked_place(said)
+        except BadInput:
+            # On any other path the query is the edge's: what is no place to us may mean something there.
+            if scope["path"] == "/route":
+                raise
+            asked = None
+        if asked is not None:
+            return asked
+        try:
+            return self._locations.of(scope["client"][0])
+        except (BadInput, TypeError):
+            # No peer address, as over a Unix socket, or whatever a proxy before us wrote in its place.
+            return self._locations.default
+
+    def _asked_place(self, said: QueryParams) -> Place | None:
+        lat, lon, ip = said.get("lat"), said.get("lon"), said.get("ip")
         if lat is not None and lon is not None:
             try:
                 return Place(lat=float(lat), lon=float(lon), source="asked")
@@ -163,13 +179,7 @@ class Doors:
                 raise BadInput("lat and lon are degrees, as decimal numbers") from None
         if lat is not None or lon is not None:
             raise BadInput("lat and lon go together")
-        if (ip := said.get("ip")) is not None:
-            return self._locations.of(ip)
-        try:
-            return self._locations.of(scope["client"][0])
-        except (BadInput, TypeError):
-            # No peer address, as over a Unix socket, or whatever a proxy before us wrote in its place.
-            return self._locations.default
+        return self._locations.of(ip) if ip is not None else None
 
 
 def build(doors: Doors) -> Starlette:

@@ -374,7 +374,6 @@ def test_a_broker_that_is_down_at_the_start_is_waited_for(stack: RunningStack, t
             await asyncio.to_thread(stack.start_part, "kafka")
             await until(lambda: seen.follower.caught_up, 5, "not caught up 5 s after Kafka appeared")
             assert seen.values == [b"a", b"b"]
-            await live(seen, kafka, topic)
 
     asyncio.run(work())
 
