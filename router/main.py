@@ -55,9 +55,6 @@ def locations_of(settings: Settings) -> Locations:
 
 async def serve(app: ASGIApp, listener: socket.socket, drain_s: float, stop: asyncio.Event) -> None:
     """Until `stop`, and then until what is in flight is answered."""
-    # asyncio turns Nagle off only where the protocol was named when the socket was made; without it an answer in two
-    # writes waited 40 ms for the client's delayed acknowledgement. Accepted sockets inherit it.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     config = uvicorn.Config(
         app,
         log_config=None,

@@ -67,7 +67,7 @@ class Worker:
             node=settings.node,
             region=settings.region,
             worker=number,
-            incarnation=reader.fence[INCARNATION],
+            incarnation=lambda: reader.fence[INCARNATION],
             url=url,
             location=Location(lat=settings.lat, lon=settings.lon),
             capacity=settings.capacity,

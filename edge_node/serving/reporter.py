@@ -34,18 +34,18 @@ log = structlog.get_logger()
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
-    """Who reports."""
+    """Who reports. `incarnation` is asked each time: the agent may raise it above what the log has heard of this node."""
 
     node: str
     region: str
     worker: int
-    incarnation: int
+    incarnation: Callable[[], int]
     url: str
     location: Location
     capacity: float
 
     def fleet(self) -> dict[str, Any]:
-        return {"node": self.node, "region": self.region, "worker": self.worker, "incarnation": self.incarnation}
+        return {"node": self.node, "region": self.region, "worker": self.worker, "incarnation": self.incarnation()}
 
 
 class Row(NamedTuple):

@@ -250,6 +250,9 @@ def running(settings: Mapping[str, str], **changes: str) -> Iterator[Node]:
     node.start(**changes)
     try:
         yield node
+    except BaseException:
+        print(node.log()[-4_000:])  # noqa: T201 (what the process said belongs to the failure)
+        raise
     finally:
         node.kill()  # whatever it was at: a graceful end is a test of its own
         node.reader.close()
@@ -361,7 +364,8 @@ def test_a_kill_at_any_step_leaves_old_or_new_and_the_next_life_comes_through(
 ) -> None:
     model = f"killed-{step.replace(' ', '-')}"
     # Three chunks: enough of a download to be seen, and something to resume.
-    old, new = models.mlp_bytes(20), models.big_model_bytes(20 << 20, seed=list(STEPS).index(step))
+    size = 20 << 20 if step == "downloading" else 1 << 20
+    old, new = models.mlp_bytes(20), models.big_model_bytes(size, seed=list(STEPS).index(step))
     publisher.release(model, old)
     with running(publisher.settings(tmp_path / "n", model)) as node:
         until(lambda: node.serves(model, 1))
