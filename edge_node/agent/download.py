@@ -69,9 +69,11 @@ class Downloader:
                     going_on(0)
                     began = time.perf_counter()
                     destination = self._files.path(artifact.sha256, MODEL)
-                    # Verified chunk by chunk on the way, so there is no second pass over the bytes.
                     self._store.fetch(artifact, destination, deadline_s=self._deadline_s, on_bytes=going_on)
-                    self._files.adopted(artifact.sha256)
+                    # What passed by was verified; what stands on the disk is another matter. A part that a kill left
+                    # complete was once padded when it was resumed, and only the trial noticed.
+                    if not self._files.holds(artifact.sha256, MODEL):
+                        raise Unreachable("the disk", self._files.folder.name, "it reads back other bytes than it got")
                     ms["download"] = (time.perf_counter() - began) * 1e3
                     self.downloads += 1
                 if golden is not None and not self._files.holds(golden.sha256, GOLDEN):

@@ -69,18 +69,15 @@ class ModelFiles:
         if found != digest:
             path.unlink()
             return False
+        sync_folder(self.folder)  # the name is believed from here on: it is to outlive a power cut
         self._set_verified(digest, True)
         return True
-
-    def adopted(self, digest: str) -> None:
-        """The caller has verified the bytes that now stand under the name."""
-        sync_folder(self.folder)
-        self._set_verified(digest, True)
 
     def write(self, digest: str, kind: str, data: bytes) -> None:
         """Verified bytes under their name, durably."""
         write_durably(self.path(digest, kind), data)
-        self.adopted(digest)
+        sync_folder(self.folder)
+        self._set_verified(digest, True)
 
     def prove(self, proof: Proof) -> None:
         path = self.folder / f"{proof.digest}.tried"

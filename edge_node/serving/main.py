@@ -16,8 +16,7 @@ import asyncio
 import gc
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from typing import Final
 
 import structlog
@@ -39,6 +38,7 @@ from edge_node.serving.routes import Doors, Limits, build_app
 from edge_node.serving.swaps import Swaps
 from inference.onnx_model import SessionSettings
 from processes import logs
+from processes.http_server import Server
 from processes.ports import listen
 from processes.signals import stop_on_signals
 from schemas import settings as catalogue
@@ -49,6 +49,7 @@ from streams.log.record import Appender
 from streams.log.writer import Writer
 
 LOOK_S: Final = 0.02
+FIRST_LOADS_S: Final = 10.0
 DRAIN_NOTICE_S: Final = 0.3
 # An outage of this length loses no row: the queue holds 16 MiB, and what stays in it longer is dropped and counted.
 DELIVERY_TIMEOUT_S: Final = 600.0
@@ -144,14 +145,6 @@ class Worker:
         )
 
 
-class _Server(uvicorn.Server):
-    """Signals are ours: uvicorn would stop accepting before anybody was told."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 async def serve(settings: Settings) -> None:
     listener = _listener(settings)
     host, port = listener.getsockname()[:2]
@@ -164,8 +157,8 @@ async def serve(settings: Settings) -> None:
         open_cache(settings, number),
         KafkaAppender(settings.kafka, client_id=f"{settings.node}-worker", timeout_s=DELIVERY_TIMEOUT_S),
     )
-    worker.look()
-    server = _Server(
+    await _settle(worker)
+    server = Server(
         uvicorn.Config(
             worker.app,
             http="httptools",
@@ -197,6 +190,18 @@ async def serve(settings: Settings) -> None:
     if isinstance(outcome, Exception):
         # The parent sees the exit and starts another worker.
         raise outcome
+
+
+async def _settle(worker: Worker) -> None:
+    """Loads what the board names before anything is accepted: connections wait in the port that the parent holds open,
+    where an answer of 503 would be a failed request. A model that takes longer than `FIRST_LOADS_S` does not hold up the
+    others.
+    """
+    until = time.monotonic() + FIRST_LOADS_S
+    worker.look()
+    while not worker.swaps.settled and time.monotonic() < until:
+        await asyncio.sleep(LOOK_S / 4)
+        worker.look()
 
 
 def open_cache(settings: Settings, number: int) -> Cache:

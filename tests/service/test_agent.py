@@ -24,6 +24,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge_node.agent.control import TOPICS, Control
+from edge_node.agent.download import Downloader
 from edge_node.agent.incarnation import last_heard
 from edge_node.agent.install import Installer, Surroundings
 from edge_node.agent.model_files import ModelFiles
@@ -382,6 +383,29 @@ def test_a_kill_at_any_step_leaves_old_or_new_and_the_next_life_comes_through(
         assert node.board().generation == 1
 
 
+@pytest.mark.parametrize("left", [0, 1, 8 << 20, (8 << 20) + 1, 20 << 20, None], ids=str)
+def test_a_part_that_a_kill_left_is_resumed_to_the_right_bytes(
+    publisher: Publisher, tmp_path: Path, left: int | None
+) -> None:
+    """`left` bytes of it; None: all of them, and only the rename was missing."""
+    data = models.big_model_bytes(20 << 20, seed=77)
+    artifact = publisher.artifact("parted", data)
+    files = ModelFiles(tmp_path)
+    path = files.path(artifact.sha256, "onnx")
+    path.with_name(f".{path.name}.part").write_bytes(data[:left])
+    wanted = a_wanted("parted")
+    wanted = msgspec.structs.replace(wanted, released=msgspec.structs.replace(wanted.released, artifact=artifact))
+    downloader = Downloader(publisher.store, files, deadline_s=30)
+    for _ in range(2):
+        try:
+            asyncio.run(downloader.fetch(wanted, threading.Event()))
+            break
+        except Unreachable:
+            assert not path.exists(), "a file that is not what its name says is removed, and fetched anew"
+    assert path.read_bytes() == data
+    assert files.verified == {artifact.sha256}
+
+
 def test_without_kafka_it_waits_and_touches_nothing(publisher: Publisher, tmp_path: Path) -> None:
     model = "patient"
     publisher.release(model, models.mlp_bytes(30))
@@ -672,7 +696,7 @@ class Hand:
             self.away -= 1
             raise Unreachable("S3", "there")
         self.fetched.append(wanted.model)
-        self.files.adopted(wanted.digest)
+        self.files.verified |= {wanted.digest}
         return {"download": 1.0}
 
     async def trial(self, path: Path, sha256: str, *_: Any) -> TrialReport:
