@@ -206,7 +206,8 @@ class ArtifactStore:
         whole = hashlib.sha256()
         with part.open("a+b") as file:
             start = self._verified_chunks(artifact, file, whole)
-            file.truncate(start * artifact.chunk_size_bytes)
+            # The last chunk is short: a whole file must not be padded to full chunks with zeros.
+            file.truncate(min(start * artifact.chunk_size_bytes, artifact.size_bytes))
             for number in range(start, len(artifact.chunk_sha256)):
                 if time.monotonic() > until:
                     raise Unreachable("S3", self._endpoint, f"{artifact.object_key} took over {deadline_s:g} s")

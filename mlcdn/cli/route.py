@@ -16,7 +16,6 @@ from mlcdn.cli.target import DEFAULT_DIR, Dir, Target
 from mlcdn.client import Client, PredictionFailed
 from schemas.errors import BadInput, NotReady, Unreachable
 
-
 SHOWN = 10
 
 

@@ -2,7 +2,8 @@
 
 What is checked: each record of the signed topics (signature, signer, sequence rules) as every node judges it; each live
 worker's report: the digest of what its board says should be served against the fold at the position it names, and each
-model it calls live against the artifact that the log wants. A difference names the node.
+model it calls live against the artifact that the log wants, and each it does not call live against its having said why. A
+difference names the node.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from streams.folds.releases import Releases, Wanted
 from streams.log.record import LogReader
 
 FRESH_MS = 10_000
+# How long a release may be on its way before a node that neither serves it nor says why is a difference.
+SETTLING_MS = 30_000
 
 
 class RefusedRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,12 +65,14 @@ def verify(reader: LogReader, roots: tuple[bytes, ...], *, now_ms: int) -> Verif
     state = Releases.initial(roots)
     # What was desired at each position: what a node that lags behind is held against.
     history: dict[int, dict[str, Wanted]] = {-1: {}}
+    times: dict[int, int] = {}
     records = 0
     for record in reader.read(RELEASES.name, 0):
         step = releases.fold(state, record)
         state = step.state
         records += 1
         history[state.position] = releases.desired(state)
+        times[state.position] = record.timestamp_ms
         if step.refused is not None:
             refused.append(_refused(record.topic, record.offset, step.refused.refusal, step.refused.detail))
     purges, purged = Invalidations.initial(roots), PurgeMap()
@@ -90,7 +95,7 @@ def verify(reader: LogReader, roots: tuple[bytes, ...], *, now_ms: int) -> Verif
             stale.append(f"{worker.beat.node}/{worker.beat.worker}")
             continue
         live += 1
-        differences += _differences(worker, history, state)
+        differences += _differences(worker, history, times, state)
     return Verified(
         records=records,
         releases_position=state.position,
@@ -109,7 +114,12 @@ def _refused(topic: str, position: int, refusal: str, detail: str) -> RefusedRec
     return RefusedRecord(topic=topic, position=position, refusal=str(refusal), detail=detail)
 
 
-def _differences(worker: WorkerState, history: dict[int, dict[str, Wanted]], state: Releases) -> list[Difference]:
+def _differences(
+    worker: WorkerState,
+    history: dict[int, dict[str, Wanted]],
+    times: dict[int, int],
+    state: Releases,
+) -> list[Difference]:
     beat = worker.beat
     found: list[str] = []
     position = beat.positions.get(RELEASES.name, -1)
@@ -120,17 +130,23 @@ def _differences(worker: WorkerState, history: dict[int, dict[str, Wanted]], sta
         if beat.desired_digest != releases.desired_digest(wanted):
             found.append(f"its board does not say what the log says at position {position}")
         for served in beat.models:
-            found += _served(served, wanted, state)
+            want = wanted.get(served.name)
+            age_ms = worker.received_ms - times[want.position] if want is not None else 0
+            found += _served(served, want, age_ms, state)
     return [Difference(region=beat.region, node=beat.node, worker=beat.worker, what=what) for what in found]
 
 
-def _served(served: ServedModel, wanted: dict[str, Wanted], state: Releases) -> list[str]:
+def _served(served: ServedModel, want: Wanted | None, age_ms: int, state: Releases) -> list[str]:
+    """`want` is what the log wanted at the node's own position, `age_ms` how long it had when the node spoke."""
     model = state.models.get(served.name)
     if model is None:
         return [f"serves {served.name}, which the log does not know"]
     if served.digest and served.digest not in model.brought:
         return [f"serves {served.name} from {served.digest[:12]}, which no release brought"]
-    want = wanted.get(served.name)
-    if served.state == "live" and want is not None and served.digest != want.digest:
+    if want is None or served.digest == want.digest:
+        return []
+    if served.state == "live":
         return [f"says {served.name} is live from {served.digest[:12]}, but the log wants {want.digest[:12]}"]
+    if served.state != "forwarded" and not served.error and age_ms > SETTLING_MS:
+        return [f"serves {served.name} from {served.digest[:12]}, not {want.digest[:12]}, and does not say why"]
     return []
