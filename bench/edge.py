@@ -61,8 +61,8 @@ def _scripts(work: Path) -> tuple[Path, Path]:
         bodies.append(json.dumps({"inputs": [tensor]}))
     table = "bodies={\n" + ",\n".join(f"[==[{b}]==]" for b in bodies) + "}\n"
     head = 'wrk.method="POST"; wrk.headers["Content-Type"]="application/json"\n'
-    done = 'done=function(s,l,r) io.write(string.format("RATE %.1f ERRORS %d\\n", s.requests/(s.duration/1e6), ' \
-           "s.errors.status+s.errors.read+s.errors.connect+s.errors.timeout)) end\n"  # fmt: skip
+    rate, errors = "s.requests/(s.duration/1e6)", "s.errors.status+s.errors.read+s.errors.connect+s.errors.timeout"
+    done = f'done=function(s,l,r) io.write(string.format("RATE %.1f ERRORS %d\\n", {rate}, {errors})) end\n'
     cached = work / "cached.lua"
     cached.write_text(
         table + head + "local i=0\nrequest=function() i=i%64+1; return wrk.format(nil,nil,nil,bodies[i]) end\n" + done

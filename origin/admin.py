@@ -1,6 +1,6 @@
 """The admin API: what the command line does, for automation. Its own port, loopback by default, off without a token.
 
-    POST /admin/publish?model=&version=&reason=     body: the ONNX file
+    POST /admin/publish?model=&version=&placement=&reason=     body: the ONNX file
     POST /admin/rollback   {"model", "to"?, "reason"}
     POST /admin/retire     {"model", "reason"}
     POST /admin/invalidate {"scopes": [{"kind", "value"}], "soft"?, "reason"?, "wait"?}
@@ -28,6 +28,7 @@ from origin.publish import Published, Publisher, ReleaseRequest
 from origin.receipts import FleetWatch, wait_applied
 from origin.routes import answer, body_of, refused
 from schemas.errors import BadInput, MlcdnError
+from schemas.events import Placement
 from schemas.names import Scope
 from streams.log.record import LogReader
 
@@ -120,6 +121,7 @@ class Admin:
                     model=asked["model"],
                     path=Path(file.name),
                     version=asked.get("version"),
+                    placement=_placement(asked.get("placement", Placement.EDGE)),
                     author=self._author,
                     reason=asked.get("reason", ""),
                 ),
@@ -163,6 +165,13 @@ class Admin:
             return msgspec.json.decode(await body_of(request, MAX_WORDS_BYTES), type=kind)
         except msgspec.DecodeError as error:
             raise BadInput(f"the body: {error}") from None
+
+
+def _placement(said: str) -> Placement:
+    try:
+        return Placement(said)
+    except ValueError:
+        raise BadInput(f"placement is one of {', '.join(Placement)}") from None
 
 
 def _published(published: Published) -> dict[str, Any]:

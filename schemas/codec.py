@@ -112,7 +112,7 @@ def encode(
     event: Event,
     *,
     topic: str,
-    id: str,
+    id: str,  # noqa: A002 - CloudEvents' own word
     source: str,
     now_ms: int,
     causation_id: str | None = None,

@@ -31,7 +31,7 @@ class Metric:
 CATALOGUE: Final[dict[str, Metric]] = {
     "cdn_requests_total": Metric("counter", "Requests answered.", ("region", "status")),
     "cdn_request_latency_seconds": Metric("histogram", "Time to answer, cached or not.", ("region", "cache_level")),
-    "cdn_cache_hit_rate": Metric("gauge", "Share of answers by tier since the last beat.", ("region", "cache_level"), "livemax"),
+    "cdn_cache_hit_rate": Metric("gauge", "Share of answers by tier, last beat.", ("region", "cache_level"), "livemax"),
     "mlcdn_model_requests_total": Metric("counter", "Requests by model and version.", ("model", "version", "status")),
     "mlcdn_cache_misses_total": Metric("counter", "Look-ups that a tier did not answer, by reason.", ("tier", "reason")),
     "mlcdn_cache_writes_dropped_total": Metric("counter", "Entries that a tier did not take, by reason.", ("tier", "reason")),

@@ -227,11 +227,8 @@ def status(
         output.say(f"{said['model']}: " + (f"{want['version']} {want['digest'][:12]}" if want else "retired"))
         output.table(
             ("region", "node", "worker", "version", "digest", "state", "releases lag", "invalidations lag", "error"),
-            [
-                (n["region"], n["node"], n["worker"], n["version"], n["digest"][:12], n["state"], *n["lag"].values(), n["error"])
-                for n in said["nodes"]
-            ],
-        )  # fmt: skip
+            [_row(n) for n in said["nodes"]],
+        )
 
 
 def _status(name: str, state: Any, watch: FleetWatch, highs: dict[str, int]) -> dict[str, Any]:
@@ -266,3 +263,8 @@ def _status(name: str, state: Any, watch: FleetWatch, highs: dict[str, int]) -> 
         },
         "nodes": sorted(nodes, key=lambda n: (n["region"], n["node"], n["worker"])),
     }  # fmt: skip
+
+
+def _row(node: dict[str, Any]) -> tuple[object, ...]:
+    where = (node["region"], node["node"], node["worker"])
+    return (*where, node["version"], node["digest"][:12], node["state"], *node["lag"].values(), node["error"])

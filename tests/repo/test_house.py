@@ -107,9 +107,7 @@ def test_the_wheel_installs_and_runs_elsewhere(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert installed.returncode == 0, installed.stderr
-    asked = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(target)!r}); import schemas.codec as c; "
-         "print(c.__file__, len(c.catalogue_digest()))"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    program = f"import sys; sys.path.insert(0, {str(target)!r}); import schemas.codec as c; "
+    program += "print(c.__file__, len(c.catalogue_digest()))"
+    asked = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert str(target) in asked.stdout and asked.stdout.strip().endswith("64"), asked.stderr
