@@ -20,6 +20,9 @@ from typing import Any, Self, cast
 import httpx
 
 
+UNKNOWN_ROUNDS = 5
+
+
 class PredictionFailed(Exception):
     """No edge answered in time, or an edge said no. `status` is the last HTTP status, None when nothing answered."""
 
@@ -113,6 +116,7 @@ class _Plan:
     ) -> _Asking:
         body, until = _request(model, inputs, datatype), time.monotonic() + self._timeout_s
         last, status = "no edge is known", None
+        unknown_rounds = 0
         while time.monotonic() < until:
             urls, until_known = self._rankings.get(model, ([], 0.0))
             if until_known < time.monotonic():
@@ -132,6 +136,10 @@ class _Plan:
                     raise PredictionFailed(last, status)
                 if status == 429:
                     yield min(_retry_after(answer), max(0.0, until - time.monotonic()))
+            unknown_rounds += status == 404
+            if unknown_rounds > UNKNOWN_ROUNDS:
+                # A release may be newer than the edges' answer for a moment; for longer, there is no such model.
+                raise PredictionFailed(last, status)
             self._rankings.pop(model, None)
             yield min(0.1, max(0.0, until - time.monotonic()))
         raise PredictionFailed(f"no edge answered within {self._timeout_s:g} s; last: {last}", status)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 
-import click
 import typer
 
 from mlcdn.cli import audit, invalidate, keys, network, release, route, topics
@@ -40,15 +39,11 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Runs one command and returns its exit code."""
     try:
-        code = typer.main.get_command(app).main(arguments, prog_name="mlcdn", standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except click.exceptions.Exit as leaving:
-        return leaving.exit_code
-    except click.exceptions.Abort:
-        return _say("interrupted", 1)
-    except click.ClickException as usage:
-        usage.show(file=sys.stderr)
-        return 2
+        typer.main.get_command(app).main(arguments, prog_name="mlcdn")
+        return 0
+    except SystemExit as leaving:
+        # Usage errors too: they were shown, with the usage, where they were found.
+        return leaving.code if isinstance(leaving.code, int) else 1
     except (BadInput, SettingsInvalid) as wrong:
         return _say(str(wrong), 2)
     except Unreachable as away:
