@@ -7,10 +7,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import audit, edge, purge, release, restart
+from bench import audit, edge, purge, release, restart, swap
 from mlcdn.demo.command import Mlcdn
 
-BENCHES = {"release": release.run, "purge": purge.run, "edge": edge.run, "restart": restart.run, "audit": audit.run}
+BENCHES = {
+    "release": release.run,
+    "purge": purge.run,
+    "swap": swap.run,
+    "edge": edge.run,
+    "restart": restart.run,
+    "audit": audit.run,
+}
 
 
 def main(names: list[str]) -> int:

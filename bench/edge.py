@@ -68,13 +68,9 @@ def _scripts(work: Path) -> tuple[Path, Path]:
         table + head + "local i=0\nrequest=function() i=i%64+1; return wrk.format(nil,nil,nil,bodies[i]) end\n" + done
     )
     unique = work / "unique.lua"
-    unique.write_text(
-        table
-        + head
-        + 'local i=0\nlocal base=os.time()%1000\nrequest=function() i=i+1; local b=bodies[i%64+1]:gsub("%[[%d.-]+, ",'
-        ' string.format("[%d.5, ", i%1000+1000*(math.floor(i/1000)%1000)),1)\n'
-        'b=b:gsub("\\"shape\\": %[%d+.5, 32%]","\\"shape\\": [1, 32]"); return wrk.format(nil,nil,nil,b) end\n' + done
-    )
+    # The first feature counts up, and is exact in float32: no two requests are the same, so no cache can answer.
+    count = 'request=function() i=i+1; local b=bodies[i%64+1]:gsub(\'"data": %[[%d.-]+\', \'"data": [\'..i..".5", 1)\n'
+    unique.write_text(table + head + f"local i=0\n{count} return wrk.format(nil,nil,nil,b) end\n" + done)
     return cached, unique
 
 

@@ -6,6 +6,7 @@ Laws:
 - A run is ended through its own RunOptions, between two nodes or two turns of a Loop; a single long node is not
   interrupted.
 - A run that ends by itself first is left alone, also if its deadline passed while it ended.
+- What has ended is let go: the heap holds no more finished runs than running ones, and a few.
 
 It must not know models, requests or event loops.
 """
@@ -18,7 +19,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -45,17 +46,23 @@ class Deadline(msgspec.Struct, frozen=True):
 class Watch:
     """One guarded run. `fired` says that the watchdog ended it."""
 
-    __slots__ = ("done", "fired", "options")
+    __slots__ = ("done", "fired", "options", "queued")
 
     def __init__(self) -> None:
         self.options: Any = onnxruntime.RunOptions()
         self.done = False
         self.fired = False
+        self.queued = True
+
+
+# Below this many finished runs the heap is not worth tidying.
+_TIDY_FROM: Final = 100
 
 
 class Watchdog:
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Watch]] = []
+        self._finished = 0  # of those in the heap
         self._order = itertools.count()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -76,13 +83,27 @@ class Watchdog:
         finally:
             with self._changed:
                 watch.done = True
+                self._finished += watch.queued
+                if self._finished > max(_TIDY_FROM, len(self._heap) // 2):
+                    self._tidy()
+
+    def _tidy(self) -> None:
+        # Left until their deadlines, 530 bytes each, 10,000 runs a second under 30 s would hold 160 MB.
+        self._heap = [entry for entry in self._heap if not entry[2].done]
+        heapq.heapify(self._heap)
+        self._finished = 0
+
+    def _pop(self) -> Watch:
+        watch = heapq.heappop(self._heap)[2]
+        watch.queued = False
+        self._finished -= watch.done
+        return watch
 
     def _serve(self) -> None:
         with self._changed:
             while True:
-                # Finished runs leave the heap from its top, so it holds at most the runs of one deadline's length.
                 while self._heap and self._heap[0][2].done:
-                    heapq.heappop(self._heap)
+                    self._pop()
                 if not self._heap:
                     self._changed.wait()
                     continue
@@ -90,7 +111,7 @@ class Watchdog:
                 if wait > 0:
                     self._changed.wait(wait)
                     continue
-                watch = heapq.heappop(self._heap)[2]
+                watch = self._pop()
                 if not watch.done:
                     watch.fired = True
                     watch.options.terminate = True

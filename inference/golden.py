@@ -2,8 +2,8 @@
 
 Laws:
 - Members are `input.<name>` and `output.<name>`, nothing else. Strings are fixed-width; they become BYTES.
-- A file is not trusted: the number of members, every declared size and every array header is checked before its data
-  is read, so neither a bomb nor an object array is ever unpacked.
+- A file is not trusted: the size of its table of contents, the number of members, how each is packed, every declared
+  size and every array header is checked before its data is read, so neither a bomb nor an object array is ever unpacked.
 - NaN equals NaN; integers, booleans and strings must be equal; floats within `atol + rtol * |wanted|`.
 - The first difference is named: output, index, wanted, got.
 
@@ -12,7 +12,9 @@ It must not know sessions, processes or releases.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -30,6 +32,11 @@ Array = np.ndarray[Any, np.dtype[Any]]
 RTOL: Final = 1e-3
 ATOL: Final = 1e-5
 _MAX_HEADER: Final = 4096
+_MAX_ENTRY: Final = 1024  # bytes of the table of contents a member, on average
+_END_BYTES: Final = 22
+_LOCATOR_BYTES: Final = 20
+# zipfile stops these where the declared size ends; bzip2 and LZMA it unpacks as far as they go: 558 bytes took 800 MiB.
+_UNPACKED_IN_BOUNDS: Final = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _DAMAGED: Final = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, NotImplementedError, RuntimeError)
 
 
@@ -68,8 +75,10 @@ DEFAULT_LIMITS: Final = GoldenLimits()
 
 def read_golden(source: Path | IO[bytes], limits: GoldenLimits = DEFAULT_LIMITS) -> Golden:
     try:
-        with zipfile.ZipFile(source) as archive:
-            return _read(archive, limits)
+        with source.open("rb") if isinstance(source, Path) else contextlib.nullcontext(source) as file:
+            _check_contents(file, limits)
+            with zipfile.ZipFile(file) as archive:
+                return _read(archive, limits)
     except GoldenRefused:
         raise
     except _DAMAGED as error:
@@ -127,12 +136,29 @@ def check_names(golden: Golden, inputs: tuple[TensorSpec, ...], outputs: tuple[T
             raise GoldenRefused(f"golden output {name!r} has shape {array.shape}, the model gives {spec.shape}")
 
 
+def _check_contents(file: IO[bytes], limits: GoldenLimits) -> None:
+    # zipfile makes an object of every entry before they can be counted: 2 GB for a table of 200 MB.
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _END_BYTES - _LOCATOR_BYTES))
+    locator, end = (tail := file.read())[:-_END_BYTES], tail[-_END_BYTES:]
+    if len(end) < _END_BYTES or not end.startswith(b"PK\x05\x06") or not end.endswith(b"\0\0"):
+        raise GoldenRefused("not a usable .npz file (it does not end like one)")
+    if locator.startswith(b"PK\x06\x07"):
+        # A second, 64-bit end would be believed instead; files of our size have none.
+        raise GoldenRefused("not a usable .npz file (its table of contents is for a larger one)")
+    table_bytes = int.from_bytes(end[12:16], "little")
+    if table_bytes > limits.max_members * _MAX_ENTRY:
+        raise GoldenRefused(f"its table of contents has {table_bytes} bytes, too much for {limits.max_members} arrays")
+
+
 def _read(archive: zipfile.ZipFile, limits: GoldenLimits) -> Golden:
     members = archive.infolist()
     if len(members) > limits.max_members:
         raise GoldenRefused(f"more than {limits.max_members} arrays")
     if sum(member.file_size for member in members) > limits.max_bytes:
         raise GoldenRefused(f"more than {limits.max_bytes} bytes when unpacked")
+    if any(member.compress_type not in _UNPACKED_IN_BOUNDS for member in members):
+        raise GoldenRefused("its members must be stored or deflated")
     arrays: dict[str, dict[str, Array]] = {"input": {}, "output": {}}
     for member in members:
         side, _, name = member.filename.removesuffix(".npy").partition(".")

@@ -30,7 +30,7 @@ from inference.batchable import check_batchable, sample
 from inference.deadlines import Deadline
 from inference.golden import Golden, GoldenRefused, check_names, compare, read_golden
 from inference.onnx_model import Array, OnnxModel, RunFailed, SessionSettings
-from inference.runtime import reason_of
+from inference.runtime import is_out_of_memory, reason_of
 from inference.trial_report import MAX_FRAME, TrialLimits, TrialReport, TrialRequest
 from schemas.errors import BadTensor, DeadlineExceeded, MlcdnError, ModelRefused
 
@@ -38,6 +38,7 @@ _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _MODEL, _GOLDEN, _RESULT, _FIRST_OTHER = 3, 4, 5, 6
 _TIMED_RUNS = 5
+_NO_MEMORY = "not enough memory to try it"
 
 # Looked up before the fork: a child should not search for libraries.
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -127,14 +128,14 @@ def _try(request: TrialRequest, has_golden: bool) -> TrialReport:
             report = msgspec.structs.replace(report, golden="passed")
         report = _measure(model, golden, request.limits, report)
         report = msgspec.structs.replace(report, ok=True)
-    except MemoryError:
-        report = msgspec.structs.replace(report, reason="not enough memory to try it")
     except DeadlineExceeded:
         report = msgspec.structs.replace(report, reason=f"a run took longer than {request.limits.run_s:g} s")
     except MlcdnError as error:
         report = msgspec.structs.replace(report, reason=str(error))
     except Exception as error:  # noqa: BLE001 - a model must not find an exception that leaves it without a verdict
-        report = msgspec.structs.replace(report, reason=f"the trial failed: {reason_of(error)}")
+        # A thread has no room for its stack where the address space is used up: no fault but the lack of memory.
+        reason = _NO_MEMORY if is_out_of_memory(error) else f"the trial failed: {reason_of(error)}"
+        report = msgspec.structs.replace(report, reason=reason)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
     return msgspec.structs.replace(report, peak_rss_bytes=peak, model_rss_bytes=max(0, peak - before))
 

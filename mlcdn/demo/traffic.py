@@ -35,6 +35,7 @@ class Answers:
     seen: list[tuple[int, str, int]] = field(default_factory=list)
     """Row number, digest, label that was answered."""
     latencies_ms: list[float] = field(default_factory=list)
+    """In the order of `seen`: that in which the answers came."""
     seconds: float = 0.0
 
     def quantile(self, share: float) -> float:

@@ -8,11 +8,12 @@ import zipfile
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from inference.onnx_scan import MAX_IR_VERSION, MAX_OPSETS, ScanLimits, scan
+from inference.onnx_scan import INTERNAL_DOMAINS, MAX_IR_VERSION, MAX_OPSETS, ScanLimits, scan
 from schemas.errors import ModelRefused
 from tests import models
 from tests.models import FLOAT, node, value
@@ -197,6 +198,40 @@ def test_custom_operators_are_refused_and_local_functions_are_not() -> None:
     assert summary.node_count == 2
     context = node("EPContext", ["x"], ["y"], domain="com.microsoft", ep_cache_context="/etc/passwd")
     assert "outside the model" in refusal(models.model_bytes([context], [x], [y], domains=[("com.microsoft", 1)]))
+
+
+def with_function(domain: str, operator: str) -> bytes:
+    """A model that calls `domain.operator` and brings a harmless body under that name."""
+    body = helper.make_function(
+        domain, operator, ["a"], ["b"], [node("Neg", ["a"], ["b"])], [helper.make_opsetid("", 17)]
+    )
+    return models.model_bytes(
+        [node(operator, ["x"], ["y"], domain=domain)],
+        [value("x", FLOAT, ["N", 4])],
+        [value("y", FLOAT, ["N", 4])],
+        domains=[(domain, 1)],
+        functions=[body],
+    )
+
+
+def test_a_function_cannot_lend_its_name_to_an_operator_of_the_runtime() -> None:
+    """onnxruntime runs its own operator and leaves the body, that was scanned, alone."""
+    assert "outside the model" in refusal(with_function("com.microsoft", "EPContext"))
+    assert "'com.microsoft.nchwc.ReorderOutput'" in refusal(with_function("com.microsoft.nchwc", "ReorderOutput"))
+    assert "'org.pytorch.aten.ATen'" in refusal(with_function("org.pytorch.aten", "ATen"))
+    assert scan(with_function("com.microsoft", "Gelu")).node_count == 2
+
+
+def test_the_operators_of_the_installed_runtime_are_in_known_domains() -> None:
+    from inference.runtime import onnxruntime
+
+    schemas = onnxruntime.capi.onnxruntime_pybind11_state.get_all_operator_schema()
+    domains = {schema.domain or "ai.onnx" for schema in schemas}
+    assert domains - set(dict(MAX_OPSETS)) <= INTERNAL_DOMAINS
+    # Why that matters: a body that negates, under the name of an operator that onnxruntime has.
+    session = onnxruntime.InferenceSession(with_function("com.microsoft", "Gelu"), providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {"x": np.ones((1, 4), np.float32)})
+    assert got[0, 0] == pytest.approx(0.8413, abs=1e-3)
 
 
 def test_versions_above_the_runtime_are_refused() -> None:

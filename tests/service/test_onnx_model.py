@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from onnx import helper
 
 import inference
 from inference.datatypes import TensorSpec
-from inference.deadlines import Deadline
+from inference.deadlines import Deadline, Watchdog
 from inference.golden import Difference, GoldenLimits, GoldenRefused, check_names, compare, read_golden, write_golden
 from inference.onnx_model import OnnxModel, RunFailed
 from schemas.errors import BadTensor, DeadlineExceeded, ModelRefused
@@ -113,7 +114,7 @@ def test_the_models_own_refusal_is_the_callers_fault_and_has_no_path() -> None:
     )
     with pytest.raises(BadTensor, match="idx=7") as bad:
         made(gather).run({"i": np.array([7])})
-    assert "/" not in str(bad.value).replace("[-2,1]", "")
+    assert "/" not in str(bad.value)
     # What breaks inside for another reason is not theirs.
     reshape = models.model_bytes(
         [node("Reshape", ["x", "to"], ["y"])],
@@ -225,6 +226,24 @@ def test_a_deadline_ends_a_run_and_only_that_run() -> None:
     assert [t.name for t in threading.enumerate()].count("run-deadlines") == 1
 
 
+def test_finished_runs_do_not_wait_in_memory_for_their_deadlines() -> None:
+    """10,000 runs a second under a deadline of a minute were 300 MB of runs that had ended."""
+    dog = Watchdog()
+    options = []
+    with dog.watch(Deadline.after(60)) as running:
+        for _ in range(5000):
+            with dog.watch(Deadline.after(60)) as watch:
+                options.append(weakref.ref(watch.options))
+        assert sum(ref() is not None for ref in options) <= 200
+        # Those that still run keep their place.
+        with dog.watch(Deadline.after(0.05)) as near:
+            ends = time.monotonic() + 5
+            while not near.fired and time.monotonic() < ends:
+                time.sleep(0.005)
+            assert near.fired
+        assert not running.fired
+
+
 def test_warm_forgives_zeros_but_not_golden_inputs() -> None:
     gather = made(
         models.model_bytes(
@@ -285,6 +304,38 @@ def lying_header() -> io.BytesIO:
     return buffer
 
 
+def tight_bomb() -> io.BytesIO:
+    """A few bytes that declare 4 kB and unpack to 40 MiB: bzip2 is unpacked without regard to what was asked."""
+    header, buffer = io.BytesIO(), io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"shape": (1000,), "fortran_order": False, "descr": "<f4"})
+    with (
+        zipfile.ZipFile(buffer, "w", zipfile.ZIP_BZIP2) as archive,
+        archive.open("output.y.npy", "w") as member,
+    ):
+        member.write(header.getvalue())
+        for _ in range(40):
+            member.write(bytes(2**20))
+    fixed = len(header.getvalue())
+    true, false = ((fixed + n).to_bytes(4, "little") for n in (40 * 2**20, 4000))
+    return io.BytesIO(buffer.getvalue().replace(true, false))
+
+
+def crowded() -> io.BytesIO:
+    """A table of contents that zipfile makes objects of before anyone can count them."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for i in range(2000):
+            archive.writestr(f"output.y{i}.npy", b"")
+    buffer.seek(0)
+    return buffer
+
+
+def second_end() -> io.BytesIO:
+    """An ordinary end, before it the pointer to a 64-bit one, which zipfile would follow."""
+    data = golden_file(**{"output.y": np.zeros(1)}).getvalue()
+    return io.BytesIO(data[:-22] + b"PK\x06\x07".ljust(20, b"\0") + data[-22:])
+
+
 def damaged() -> io.BytesIO:
     data = bytearray(golden_file(**{"output.y": np.arange(1000)}).getvalue())
     data[200] ^= 0xFF
@@ -302,12 +353,17 @@ def damaged() -> io.BytesIO:
         (golden_file(**{"output.y": np.zeros(300_000, np.float32)}), "bytes when unpacked"),
         (golden_file(**{f"output.y{i}": np.zeros(1) for i in range(9)}), "more than 8 arrays"),
         (bomb(), "bytes when unpacked"),
+        (tight_bomb(), "stored or deflated"),
+        (crowded(), "table of contents has"),
+        (second_end(), "for a larger one"),
         (lying_header(), "declares"),
         (damaged(), "not a usable"),
         (io.BytesIO(b""), "not a usable"),
         (io.BytesIO(b"\x80\x04K\x01."), "not a usable"),
     ],
-    ids=str.split("object struct complex unknown no-output large many bomb header damaged empty pickle"),
+    ids=str.split(
+        "object struct complex unknown no-output large many bomb tight crowded second-end header damaged empty pickle"
+    ),
 )
 def test_hostile_golden_files(source: io.BytesIO, words: str) -> None:
     with pytest.raises(GoldenRefused, match=words):

@@ -197,6 +197,10 @@ def test_limits_end_a_child_and_are_its_reason(trial: Runner) -> None:
     big = models.big_model_bytes(40 * MIB, 0)
     space = trial(big, TrialLimits(memory_factor=1, memory_budget_bytes=16 * MIB))
     assert "memory" in space.reason or "crashed" in space.reason
+    for mib in (2, 4, 8):
+        tight = trial(GOOD, TrialLimits(memory_factor=0, memory_budget_bytes=mib * MIB))
+        assert not tight.ok
+        assert "memory" in tight.reason or "crashed" in tight.reason
     files = trial(GOOD, TrialLimits(open_files=4))
     assert not files.ok
     assert trial(GOOD).ok
