@@ -1,14 +1,15 @@
 """Publishing: a file becomes an artifact, an artifact becomes a signed release that the log took.
 
 A release, numbered as the code is marked:
- 1. the file is tried in a limited child, its golden test included: a broken file leaves nothing behind;
+ 1. the file is tried in a limited child, its golden test included, and the event is made: what cannot be released leaves
+    nothing behind;
  2. the artifact (and the golden file) are uploaded, read back and verified;
  3. the log is read and folded, and the next sequence chosen;
  4. the signed event is appended;
  5. the log is read back: did the fold take it? The loser of a race signs again with a higher sequence.
 
 Laws: facts are written last, so whoever reads the event can get what it names; a publish that dies leaves nothing, or an
-unreferenced object, or a complete release.
+unreferenced object, or a complete release; a retry after a lost race means what the first try meant.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from inference.datatypes import TensorSpec
 from inference.golden import ATOL, RTOL
 from inference.trial import run_trial
 from inference.trial_report import TrialReport
 from schemas import names
-from schemas.errors import BadInput, Conflict, ModelRefused, NotFound
+from schemas.errors import BadInput, Conflict, EventRefused, ModelRefused, NotFound, Refusal
 from schemas.events import (
     Artifact,
     Batching,
@@ -47,6 +50,8 @@ from streams.log.writer import Appended, Writer, wall_clock_ms
 
 TRIES: Final = 8
 GOLDEN_MAX_BYTES: Final = 64 * 2**20
+LOST_RACE: Final = (Refusal.SEQUENCE_NOT_HIGHER, Refusal.SEQUENCE_CONFLICT)
+ReleaseEvent = ModelReleased | ModelRolledBack | ModelRetired
 Progress = Callable[[str, int, int], None]
 """What, how much of it, out of how much; bytes."""
 
@@ -104,36 +109,24 @@ class Publisher:
         artifact = await asyncio.to_thread(
             describe, request.path, lambda digest: names.model_object_key(request.model, digest),
         )  # fmt: skip
+        proof = await asyncio.to_thread(_read_golden, request)
         report = await asyncio.to_thread(self._try, request, artifact)  # 1
-        golden = await self._upload(request, artifact, progress)  # 2
-        version = request.version or artifact.sha256[:12]
-
-        def event(sequence: int, _state: Releases) -> ModelReleased:
-            return ModelReleased(
-                model=request.model,
-                version=version,
-                sequence=sequence,
-                artifact=artifact,
-                inputs=_tensors(report.inputs),
-                outputs=_tensors(report.outputs),
-                placement=request.placement,
-                memory_bytes=report.model_rss_bytes,
-                cache=request.cache,
-                batching=Batching(batchable=report.batchable, max_size=request.max_batch),
-                limits=request.limits,
-                golden=golden,
-                created_at_ms=wall_clock_ms(),
-                author=request.author,
-                reason=request.reason,
-            )
-
-        return await self._append(request.model, event)
+        template = _released(request, artifact, report, None if proof is None else proof[0])
+        await self._upload(request, artifact, proof, progress)  # 2
+        return await self._append(
+            request.model,
+            lambda sequence, _: msgspec.structs.replace(template, sequence=sequence, created_at_ms=wall_clock_ms()),
+        )
 
     async def rollback(self, model: str, to_version: str | None, *, author: str, reason: str) -> Published:
         """Back to the artifact of `to_version`, or of the release before the one that is wanted now."""
+        target: ModelReleased | None = None
 
         def event(sequence: int, state: Releases) -> ModelRolledBack:
-            target = _rollback_target(state, model, to_version)
+            nonlocal target
+            # Chosen once: "the one before", asked again after a lost race, would be the one before the winner. Two
+            # operators who roll back at once would go back two releases.
+            target = target or _rollback_target(state, model, to_version)
             return ModelRolledBack(
                 model=model,
                 version=target.version,
@@ -160,7 +153,9 @@ class Publisher:
             raise ModelRefused(report.reason)
         return report
 
-    async def _upload(self, request: ReleaseRequest, artifact: Artifact, progress: Progress) -> Golden | None:
+    async def _upload(
+        self, request: ReleaseRequest, artifact: Artifact, proof: tuple[Golden, bytes] | None, progress: Progress
+    ) -> None:
         done = 0
 
         def sent(count: int) -> None:
@@ -169,50 +164,73 @@ class Publisher:
             progress("upload", done, artifact.size_bytes)
 
         await asyncio.to_thread(self._store.put, artifact, request.path, sent)
-        if request.golden is None:
-            return None
-        data = await asyncio.to_thread(request.golden.read_bytes)
-        if len(data) > GOLDEN_MAX_BYTES:
-            raise BadInput(f"the golden file has {len(data)} bytes, at most {GOLDEN_MAX_BYTES}")
-        digest = hashlib.sha256(data).hexdigest()
-        key = names.golden_object_key(request.model, digest)
-        await asyncio.to_thread(self._store.put_bytes, key, data)
-        return Golden(object_key=key, sha256=digest, rtol=request.rtol, atol=request.atol)
+        if proof is not None:
+            golden, data = proof
+            await asyncio.to_thread(self._store.put_bytes, golden.object_key, data)
 
-    async def _append(
-        self,
-        model: str,
-        make: Callable[[int, Releases], ModelReleased | ModelRolledBack | ModelRetired],
-    ) -> Published:
+    async def _append(self, model: str, make: Callable[[int, Releases], ReleaseEvent]) -> Published:
+        state = Releases.initial(self._roots)
         for _ in range(TRIES):
-            state = await asyncio.to_thread(self._fold, None)  # 3
+            state, _ = await asyncio.to_thread(self._fold_on, state, None)  # 3
             history = state.models.get(model)
             event = make((history.sequence if history else 0) + 1, state)
             appended = await self._writer.append(event)  # 4
-            refused = await asyncio.to_thread(self._refused, appended)  # 5
+            position = appended.record.offset
+            state, refused = await asyncio.to_thread(self._fold_on, state, position + 1)  # 5
+            if state.position != position:
+                raise Conflict(f"position {position} is not in the log that acknowledged it: was the topic made again?")
             if refused is None:
                 return _published(event, appended)
-            if not refused.startswith("sequence"):
-                raise Conflict(f"the log holds the event at position {appended.record.offset}, refused: {refused}")
+            if refused.refusal not in LOST_RACE:
+                raise Conflict(f"the log holds the event at position {position}, refused: {refused}")
         raise Conflict(f"{TRIES} times another release of {model} came first")
 
-    def _fold(self, until: int | None) -> Releases:
-        state = Releases.initial(self._roots)
-        for record in self._reader.read(RELEASES.name, 0, 0, until):
-            state = releases.fold(state, record).state
-        return state
-
-    def _refused(self, appended: Appended) -> str | None:
-        """Why the fold did not take the record; None when it did."""
-        position = appended.record.offset
-        state = self._fold(position)
-        for record in self._reader.read(RELEASES.name, 0, position, position + 1):
+    def _fold_on(self, state: Releases, end: int | None) -> tuple[Releases, EventRefused | None]:
+        """The state up to, not including, `end`, and why the last record did not act, if it did not."""
+        refused = None
+        for record in self._reader.read(RELEASES.name, 0, state.position + 1, end):
             step = releases.fold(state, record)
-            return str(step.refused) if step.refused is not None else None
-        raise Conflict(f"position {position} is not in the log that acknowledged it: was the topic made again?")
+            state, refused = step.state, step.refused
+        return state, refused
 
 
-def _published(event: ModelReleased | ModelRolledBack | ModelRetired, appended: Appended) -> Published:
+def _read_golden(request: ReleaseRequest) -> tuple[Golden, bytes] | None:
+    if request.golden is None:
+        return None
+    try:
+        size = request.golden.stat().st_size
+        if size > GOLDEN_MAX_BYTES:
+            raise BadInput(f"the golden file has {size} bytes, at most {GOLDEN_MAX_BYTES}")
+        data = request.golden.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{request.golden}: {error.strerror}") from None
+    digest = hashlib.sha256(data).hexdigest()
+    key = names.golden_object_key(request.model, digest)
+    return Golden(object_key=key, sha256=digest, rtol=request.rtol, atol=request.atol), data
+
+
+def _released(request: ReleaseRequest, artifact: Artifact, report: TrialReport, golden: Golden | None) -> ModelReleased:
+    """The event but for its sequence. `BadInput` if it cannot be one."""
+    return ModelReleased(
+        model=request.model,
+        version=request.version or artifact.sha256[:12],
+        sequence=1,
+        artifact=artifact,
+        inputs=_tensors(report.inputs),
+        outputs=_tensors(report.outputs),
+        placement=request.placement,
+        memory_bytes=report.model_rss_bytes,
+        cache=request.cache,
+        batching=Batching(batchable=report.batchable, max_size=request.max_batch),
+        limits=request.limits,
+        golden=golden,
+        created_at_ms=wall_clock_ms(),
+        author=request.author,
+        reason=request.reason,
+    )
+
+
+def _published(event: ReleaseEvent, appended: Appended) -> Published:
     match event:
         case ModelReleased():
             version, digest = event.version, event.artifact.sha256
@@ -241,7 +259,9 @@ def _rollback_target(state: Releases, model: str, to_version: str | None) -> Mod
             known = ", ".join(sorted({r.version for r in history.brought.values()}))
             raise NotFound(f"no release of {model} carries the version {to_version!r}; there are {known}")
         return found
-    now = history.wanted.released.sequence if history.wanted else history.sequence + 1
+    if history.wanted is None:
+        raise Conflict(f"{model} is retired, so nothing is before what is served: say which version")
+    now = history.wanted.released.sequence
     earlier = [r for r in history.brought.values() if r.sequence < now]
     if not earlier:
         raise NotFound(f"{model} has no release before the one that is served")

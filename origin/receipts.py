@@ -2,6 +2,8 @@
 
 The nodes that are asked for are those with a fresh beat when the waiting begins; a node is live when every worker it beats
 for says so. One that is away is named as missing, with the age of its last beat, and converges when it is back.
+
+Law: who was there is judged by the broker's time alone: a caller whose clock is wrong must not wait for nobody.
 """
 
 from __future__ import annotations
@@ -47,14 +49,21 @@ class FleetWatch:
     def __init__(self, reader: LogReader) -> None:
         self._reader = reader
         self.state = Fleet()
+        self._since_ms = 0
         self._positions: dict[tuple[str, int], int] = {}
 
     async def look(self) -> None:
-        """Reads what the last minute brought."""
-        await asyncio.to_thread(self._read_recent)
+        """Reads what the last minute brought, by this machine's clock."""
+        await asyncio.to_thread(self._read_recent, time.time_ns() // 1_000_000 - RECENT_MS)
 
-    def _read_recent(self) -> None:
-        since = time.time_ns() // 1_000_000 - RECENT_MS
+    async def look_around(self, broker_ms: int) -> None:
+        """Looks again if the minute before the broker's `broker_ms` is not what was looked at."""
+        if not self._positions or self._since_ms > broker_ms - RECENT_MS // 2:
+            await asyncio.to_thread(self._read_recent, broker_ms - RECENT_MS)
+
+    def _read_recent(self, since: int) -> None:
+        self._since_ms = since
+        self.state, self._positions = Fleet(), {}
         for partition in range(self._reader.partitions(FLEET.name)):
             start = self._reader.offset_at(FLEET.name, partition, since)
             for record in self._reader.read(FLEET.name, partition, start):
@@ -63,10 +72,11 @@ class FleetWatch:
             self._positions[(FLEET.name, partition)] = start
 
     def fresh(self, now_ms: int) -> dict[str, list[WorkerState]]:
-        """Workers with a fresh beat, by node."""
+        """Workers with a fresh beat, by node; not those of a life before the node's present one."""
         found: dict[str, list[WorkerState]] = {}
         for worker in self.state.workers.values():
-            if not worker.left and now_ms - worker.received_ms <= FRESH_MS:
+            here = not worker.left and fleet.current(self.state, worker)
+            if here and now_ms - worker.received_ms <= FRESH_MS:
                 found.setdefault(worker.beat.node, []).append(worker)
         return found
 
@@ -107,6 +117,7 @@ async def wait_live(
     progress: Callable[[NodeOutcome], None] = lambda _: None,
 ) -> list[NodeOutcome]:
     """One outcome a node, in the order of region and node. Ends early once every node that was there has said its word."""
+    await watch.look_around(appended_ms)
     asked = watch.fresh(appended_ms)
     away = watch.stale(appended_ms)
     told: dict[str, NodeOutcome] = {}
@@ -142,6 +153,7 @@ async def wait_applied(
     timeout_s: float,
 ) -> tuple[list[Receipt], list[str]]:
     """Receipts of the nodes that were there, and the names of those that gave none in time or were away."""
+    await watch.look_around(appended_ms)
     asked = watch.fresh(appended_ms)
 
     def applied(node: str) -> bool:
