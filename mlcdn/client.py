@@ -19,7 +19,6 @@ from typing import Any, Self, cast
 
 import httpx
 
-
 UNKNOWN_ROUNDS = 5
 
 
