@@ -1,21 +1,18 @@
 """The admin API: what the command line does, for automation. Its own port, loopback by default, off without a token.
 
-    POST /admin/publish?model=&version=&placement=&reason=&wait=     body: the ONNX file
-    POST /admin/publish    {"path", "model", "golden"?, and what a release has}; application/json
-    POST /admin/rollback   {"model", "to"?, "reason"?, "wait"?}
-    POST /admin/retire     {"model", "reason"?}
+    POST /admin/publish?model=&version=&placement=&reason=     body: the ONNX file
+    POST /admin/rollback   {"model", "to"?, "reason"}
+    POST /admin/retire     {"model", "reason"}
     POST /admin/invalidate {"scopes": [{"kind", "value"}], "soft"?, "reason"?, "wait"?}
 
-With `wait` the answer has what every node made of it. Laws: the token is compared in constant time; a request that a web
-page made is refused, token or not; a sent file is written to the origin's own disk under a name of ours, a named one is
-in its `uploads` folder and nowhere else, and both are tried before anything is uploaded; few files are sent at once.
+Laws: the token is compared in constant time; a request that a browser made across origins is refused, token or not; the
+file is written to the origin's own disk under a name of ours and tried before anything is uploaded.
 """
 
 from __future__ import annotations
 
 import hmac
 import tempfile
-from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,19 +23,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from inference.golden import ATOL, RTOL
 from origin.invalidate import Invalidator
 from origin.publish import Published, Publisher, ReleaseRequest
 from origin.receipts import FleetWatch, wait_applied
 from origin.routes import answer, body_of, refused
-from schemas.errors import BadInput, MlcdnError, Overloaded
-from schemas.events import CachePolicy, Limits, Placement
+from schemas.errors import BadInput, MlcdnError
+from schemas.events import Placement
 from schemas.names import Scope
 from streams.log.record import LogReader
 
 MAX_MODEL_BYTES = 2 * 2**30
 MAX_WORDS_BYTES = 1_048_576
-MAX_PUBLISHING = 4
 WAIT_S = 30.0
 T = TypeVar("T")
 
@@ -51,28 +46,10 @@ class NotAllowed(MlcdnError):
         self.status = status
 
 
-class PublishWords(msgspec.Struct, forbid_unknown_fields=True):
-    """`path` and `golden` are relative to the uploads folder."""
-
-    model: str
-    path: str
-    version: str | None = None
-    golden: str | None = None
-    rtol: float = RTOL
-    atol: float = ATOL
-    placement: Placement = Placement.EDGE
-    cache: CachePolicy = CachePolicy()
-    limits: Limits = Limits()
-    max_batch: int = 64
-    reason: str = ""
-    wait: bool = False
-
-
 class RollbackWords(msgspec.Struct, forbid_unknown_fields=True):
     model: str
     reason: str = ""
     to: str | None = None
-    wait: bool = False
 
 
 class RetireWords(msgspec.Struct, forbid_unknown_fields=True):
@@ -101,7 +78,6 @@ class Admin:
     ) -> None:
         self._publisher, self._invalidator, self._reader = publisher, invalidator, reader
         self._token, self._author, self._directory = token, author, directory
-        self._publishing = 0
 
     def app(self) -> Starlette:
         return Starlette(
@@ -115,50 +91,23 @@ class Admin:
         )
 
     def _allow(self, request: Request) -> None:
-        # No page of ours lives on this port. To compare the page's origin with Host would let in a name that an attacker
-        # has pointed at this address.
-        if "origin" in request.headers or request.headers.get("sec-fetch-site", "none") != "none":
-            raise NotAllowed("no requests from web pages", 403)
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not given:
+        origin = request.headers.get("origin")
+        if origin is not None and origin != f"{request.url.scheme}://{request.url.netloc}":
+            raise NotAllowed("no requests from other sites", 403)
+        if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+            raise NotAllowed("no requests from other sites", 403)
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        if not given:
             raise NotAllowed("a bearer token is needed", 401)
-        if not hmac.compare_digest(given.encode(), self._token.get_secret_value().encode()):
+        if not hmac.compare_digest(given, self._token.get_secret_value().encode()):
             raise NotAllowed("wrong token", 403)
 
     async def _publish(self, request: Request) -> Response:
         self._allow(request)
-        if self._publishing >= MAX_PUBLISHING:
-            raise Overloaded(f"{MAX_PUBLISHING} models are being published", retry_after_s=5)
-        self._publishing += 1
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            if request.headers.get("content-type", "").partition(";")[0].strip() == "application/json":
-                return await self._publish_named(await self._words(request, PublishWords))
-            return await self._publish_sent(request)
-        finally:
-            self._publishing -= 1
-
-    async def _publish_named(self, words: PublishWords) -> Response:
-        asked = ReleaseRequest(
-            model=words.model,
-            path=self._uploaded(words.path),
-            version=words.version,
-            golden=None if words.golden is None else self._uploaded(words.golden),
-            rtol=words.rtol,
-            atol=words.atol,
-            placement=words.placement,
-            cache=words.cache,
-            limits=words.limits,
-            max_batch=words.max_batch,
-            author=self._author,
-            reason=words.reason,
-        )
-        return await self._released(self._publisher.publish(asked), words.wait)
-
-    async def _publish_sent(self, request: Request) -> Response:
         asked = request.query_params
         if "model" not in asked:
             raise BadInput("say which model: ?model=")
+        self._directory.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self._directory, suffix=".onnx") as file:
             size = 0
             async for part in request.stream():
@@ -167,7 +116,7 @@ class Admin:
                     raise BadInput(f"the file is over {MAX_MODEL_BYTES} bytes")
                 file.write(part)
             file.flush()
-            published = self._publisher.publish(
+            published = await self._publisher.publish(
                 ReleaseRequest(
                     model=asked["model"],
                     path=Path(file.name),
@@ -177,37 +126,21 @@ class Admin:
                     reason=asked.get("reason", ""),
                 ),
             )
-            return await self._released(published, asked.get("wait", "false") == "true")
-
-    def _uploaded(self, said: str) -> Path:
-        """The file of that name in the uploads folder, links followed."""
-        folder = self._directory.resolve()
-        try:
-            path = (folder / said).resolve()
-            if path.is_relative_to(folder) and path.is_file():
-                return path
-        except (OSError, ValueError):
-            pass  # a name too long, or with a NUL: no such file either
-        raise BadInput(f"no file {said[:80]!r} in the origin's uploads folder")
+        return answer(_published(published))
 
     async def _rollback(self, request: Request) -> Response:
         words = await self._words(request, RollbackWords)
-        back = self._publisher.rollback(words.model, words.to, author=self._author, reason=words.reason)
-        return await self._released(back, words.wait)
+        return answer(
+            _published(
+                await self._publisher.rollback(words.model, words.to, author=self._author, reason=words.reason),
+            ),
+        )
 
     async def _retire(self, request: Request) -> Response:
         words = await self._words(request, RetireWords)
-        retired = self._publisher.retire(words.model, author=self._author, reason=words.reason)
-        return await self._released(retired, wait=False)
-
-    async def _released(self, act: Coroutine[Any, Any, Published], wait: bool) -> Response:
-        published = await act
-        said = _published(published)
-        if wait:
-            said["nodes"] = await wait_live(
-                FleetWatch(self._reader), published.model, published.sequence, published.appended_ms, timeout_s=WAIT_S
-            )
-        return answer(said)
+        return answer(
+            _published(await self._publisher.retire(words.model, author=self._author, reason=words.reason)),
+        )
 
     async def _invalidate(self, request: Request) -> Response:
         words = await self._words(request, InvalidateWords)
