@@ -35,6 +35,7 @@ class Cache:
         if namespace != self._namespace:
             self._namespace = namespace
             self.memory.clear()
+            self._measure()
 
     def peek(self, key: bytes, digest: str) -> Entry | None:
         """Memory only, and at once."""
@@ -78,7 +79,7 @@ class Cache:
 
     def fill(self, entry: Entry, *, shared: bool) -> None:
         self.memory.put(entry)
-        gauge("mlcdn_cache_bytes").labels(self.memory.name).set(self.memory.bytes)
+        self._measure()
         if shared and self._namespace:
             for tier in self._shared:
                 tier.offer(entry, self._namespace)
@@ -100,5 +101,9 @@ class Cache:
         # Another log may have been adopted while a tier was asked.
         if namespace == self._namespace:
             self.memory.put(entry)
+            self._measure()
             for tier in passed:
                 tier.offer(entry, namespace)
+
+    def _measure(self) -> None:
+        gauge("mlcdn_cache_bytes").labels(self.memory.name).set(self.memory.bytes)

@@ -188,6 +188,7 @@ class DiskTier:
         found: dict[bytes, Entry] = {}
         reasons: list[str] = []
         leaving: list[Entry] = []
+        now_ms = time.time_ns() // 1_000_000
         for key in keys:
             held = files.get(_at(namespace, key))
             if held is None:
@@ -199,6 +200,12 @@ class DiskTier:
                 reasons.append(refused.reason)
                 files.remove(_at(namespace, key))
             else:
+                if found[key].last_use_ms <= now_ms:
+                    # Else it would be carried from generation to generation, and keep a lower `as_of` out for ever.
+                    del found[key]
+                    reasons.append("expired")
+                    files.remove(_at(namespace, key))
+                    continue
                 leaving += [found[key]] if held[1] else []
         return found, reasons, leaving
 

@@ -40,7 +40,7 @@ class EntryRefused(MlcdnError):
         self.reason = reason
 
 
-class Entry(msgspec.Struct, frozen=True, kw_only=True):
+class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """`as_of` is the invalidations position read before the inputs were; `name` is what purges know it by."""
 
     key: bytes

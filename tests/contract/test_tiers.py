@@ -24,6 +24,7 @@ from edge_node.caching.memory_tier import MemoryTier
 from edge_node.caching.redis_tier import RedisTier
 from edge_node.caching.tiers import SharedTier
 from schemas.errors import Conflict
+from schemas.metrics import gauge
 from tests.one_valkey import one_valkey
 
 SPACE, OTHER_SPACE = "0123456789abcdef", "fedcba9876543210"
@@ -167,6 +168,52 @@ def test_memory_is_bounded_and_a_scan_does_not_wash_it_out() -> None:
     assert tier.get(wanted[0].key) is None
     tier.clear()
     assert tier.bytes == 0 and len(tier) == 0 and not tier.put(entry(size=30_000))
+
+
+def test_one_put_evicts_in_bounded_time_though_all_were_asked_for() -> None:
+    tier = MemoryTier(2**40)
+    for n in range(50_000):
+        tier.put(entry(n))
+        tier.get(n.to_bytes(16, "big"))
+    tier.max_bytes = tier.bytes
+    first = next(iter(tier._places))
+    tier.put(entry(50_000))
+    # Only so many were sent round: the head moved on by that, not by all there are.
+    assert list(tier._places).index(first) > 49_000 and next(iter(tier._places)) == (65).to_bytes(16, "big")
+    assert tier.bytes <= tier.max_bytes
+
+
+@pytest.mark.parametrize("kind", ["memory", "redis", "disk"])
+def test_what_expired_does_not_keep_a_lower_position_out(kind: str, tmp_path: Path) -> None:
+    """A node that lags its peers must still be able to refill what one of them had filled."""
+
+    async def check(tier: SharedTier) -> None:
+        soon = time.time_ns() // 1_000_000 + 150
+        await put(tier, entry(1, as_of=9, fresh_until_ms=soon, stale_until_ms=soon, error_until_ms=soon))
+        await put(tier, entry(1, as_of=7, body=b"too early"))
+        held = await get(tier, entry(1))
+        assert held is not None and held.as_of == 9
+        await asyncio.sleep(0.2)
+        assert kind == "memory" or await get(tier, entry(1)) is None
+        lower = entry(1, as_of=7)
+        await put(tier, lower)
+        assert await get(tier, lower) == lower
+
+    over(kind, tmp_path, check)
+
+
+def test_the_bytes_in_memory_are_told_after_every_change(tmp_path: Path) -> None:
+    async def check(disk: SharedTier) -> None:
+        told = gauge("mlcdn_cache_bytes").labels("memory")._value
+        cache = Cache(MemoryTier(MEGABYTE), None, disk)
+        cache.adopt(SPACE)
+        await put(disk, entry(1))
+        assert await cache.lookup(entry(1).key, DIGEST, shared=True) is not None
+        assert told.get() == cache.memory.bytes > 0
+        cache.adopt(OTHER_SPACE)
+        assert told.get() == 0
+
+    over("disk", tmp_path, check)
 
 
 def test_redis_forgets_when_nothing_may_use_it_any_more(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pytest
 from redis.asyncio import Redis
 
 from edge_node.caching.entry import FORMAT, Entry, pack
-from edge_node.caching.redis_tier import MAX_VALUE_BYTES, RedisTier
+from edge_node.caching.redis_tier import MAX_KEYS, MAX_VALUE_BYTES, RedisTier
 from processes.ports import LOOPBACK, free_port
 from schemas.errors import SettingsInvalid
 from schemas.metrics import counter
@@ -272,6 +272,47 @@ def test_values_over_the_cap_are_not_written(tmp_path: Path) -> None:
         async with filled(tmp_path) as (_, tier):
             await put(tier, msgspec.structs.replace(entry(2), body=bytes(MAX_VALUE_BYTES + 1)))
             assert await get(tier, entry(2)) is None and tier.answers
+
+    asyncio.run(run())
+
+
+def test_a_large_batch_does_not_open_the_breaker_of_a_sound_server(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with filled(tmp_path) as (_, tier):
+            many = [entry(n) for n in range(1, 8_001)]
+            for start in range(0, len(many), 1_000):
+                await put_all(tier, many[start : start + 1_000])
+            before = misses("too_many")
+            found = await tier.get_many([one.key for one in many], DIGEST, SPACE)
+            assert found == {one.key: one for one in many[:MAX_KEYS]}
+            assert tier.answers and misses("too_many") == before + len(many) - MAX_KEYS
+
+    asyncio.run(run())
+
+
+async def put_all(tier: RedisTier, entries: Sequence[Entry]) -> None:
+    for one in entries:
+        tier.offer(one, SPACE)
+    await tier.settle()
+
+
+def test_removing_what_is_wrong_costs_no_second_time_out(tmp_path: Path) -> None:
+    async def run() -> None:
+        class HangsLate(RedisTier):
+            async def _remove(self, client: Redis, at: Sequence[str], until: float) -> None:
+                server.pause()
+                await asyncio.sleep(0.04)
+                await super()._remove(client, at, until)
+
+        async with filled(tmp_path) as (server, _), Redis.from_url(server.url) as other:
+            await other.set(AT, b"foreign")
+            tier = HangsLate(server.url)
+            try:
+                seconds, found = await took(get(tier))
+                assert found is None and seconds < FIRST_S + SLACK_S and not tier.answers
+            finally:
+                server.resume()
+            await tier.close()
 
     asyncio.run(run())
 
