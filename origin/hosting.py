@@ -1,7 +1,9 @@
 """Models placed at the origin: desired by the log, fetched from the store, kept loaded, asked over HTTP.
 
-Level, not edge: `reconcile` compares what is loaded with what the log wants and does the difference; a failed fetch is
-tried again with growing pauses, and the old version serves on.
+Level, not edge: `reconcile` compares what is loaded with what the log wants and does the difference; what failed for a
+cause that may pass is tried again with growing pauses, and the old version serves on. As at an edge, bytes are verified and
+tried in a limited child before they are loaded here; an artifact that was refused is not tried again until the log wants
+another release.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import structlog
 
 from inference.deadlines import Deadline
 from inference.onnx_model import Array, OnnxModel, SessionSettings
-from schemas.errors import EventRefused, MlcdnError, NotFound, Overloaded
+from inference.trial import run_trial
+from schemas.errors import EventRefused, MlcdnError, ModelRefused, NotFound, Overloaded
 from schemas.events import Placement
 from streams.artifacts import ArtifactStore
 from streams.folds import releases
@@ -50,10 +53,13 @@ class Hosting:
         session: SessionSettings,
         threads: int,
     ) -> None:
-        self._store, self._directory, self._session = store, directory, session
+        self._store, self._artifacts, self._session = store, directory / "artifacts", session
         self._state = Releases.initial(roots)
+        self._roots = roots
         self._hosted: dict[str, Hosted] = {}
+        self._refused: dict[str, Wanted] = {}
         self._changed = asyncio.Event()
+        self._caught_up = False
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="origin-run")
 
     def on_record(self, record: Record) -> None:
@@ -62,6 +68,15 @@ class Hosting:
         self._changed.set()
         if step.refused is not None:
             raise EventRefused(step.refused.refusal, step.refused.detail)
+
+    def on_caught_up(self) -> None:
+        """Only now is what the log wants known: acting earlier would load every release it ever held, one by one."""
+        self._caught_up = True
+        self._changed.set()
+
+    def on_recreated(self, _topic: str) -> None:
+        """The log was made again and comes anew from its start; what is loaded serves on until all of it was read."""
+        self._state, self._caught_up = Releases.initial(self._roots), False
 
     def find(self, model: str) -> Hosted:
         """`NotFound` when it is not placed here, or not loaded yet."""
@@ -91,7 +106,7 @@ class Hosting:
         pause = FIRST_PAUSE_S
         while not stop.is_set():
             self._changed.clear()
-            if await self._reconcile():
+            if not self._caught_up or await self._reconcile():
                 pause = FIRST_PAUSE_S
                 timeout = None
             else:
@@ -101,14 +116,14 @@ class Hosting:
 
     async def _reconcile(self) -> bool:
         """False when something could not be done and should be tried again."""
-        wanted = {n: w for n, w in releases.desired(self._state).items() if w.released.placement is not Placement.EDGE}
+        wanted = {n: w for n, w in releases.desired(self._state).items() if w.released.placement is Placement.ORIGIN}
         for name in [n for n in self._hosted if n not in wanted]:
             del self._hosted[name]
             log.info("model retired", model=name)
         done = True
         for name, want in wanted.items():
             known = self._hosted.get(name)
-            if known is not None and known.wanted == want:
+            if (known is not None and known.wanted == want) or self._refused.get(name) == want:
                 continue
             if known is not None and known.wanted.digest == want.digest:
                 self._hosted[name] = Hosted(want, known.model)
@@ -120,14 +135,34 @@ class Hosting:
                 log.info("model hosted", model=name, version=want.version, digest=want.digest)
             except MlcdnError as error:
                 log.warning("model not hosted", model=name, version=want.version, error=str(error))
-                done = done and not error.retryable
+                if error.retryable:
+                    done = False
+                else:
+                    self._refused[name] = want
+        await asyncio.to_thread(self._sweep, {h.wanted.digest for h in self._hosted.values()})
         return done
 
     def _load(self, want: Wanted) -> OnnxModel:
-        path = self._directory / "artifacts" / f"{want.digest}.onnx"
-        if not path.exists():
-            self._store.fetch(want.released.artifact, path, deadline_s=FETCH_S)
+        path = self._artifacts / f"{want.digest}.onnx"
+        if path.exists():
+            try:
+                return OnnxModel.load(path, want.digest, self._session)
+            except ModelRefused as refused:
+                # It was tried when it was fetched: what changed since is our disk, not the release.
+                log.warning("artifact on disk is spoilt, it is fetched again", digest=want.digest, error=str(refused))
+                path.unlink()
+        self._store.fetch(want.released.artifact, path, deadline_s=FETCH_S)
+        report = run_trial(path, want.digest)
+        if not report.ok:
+            path.unlink()
+            raise ModelRefused(report.reason)
         return OnnxModel.load(path, want.digest, self._session)
+
+    def _sweep(self, hosted: set[str]) -> None:
+        """Removes artifacts of no hosted model; one that comes back is fetched again."""
+        for path in self._artifacts.glob("*.onnx"):
+            if path.stem not in hosted:
+                path.unlink()
 
 
 async def _first(changed: asyncio.Event, stop: asyncio.Event, timeout: float | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 
 import structlog
 import uvicorn
@@ -16,7 +17,7 @@ from origin.invalidate import Invalidator
 from origin.publish import Publisher
 from processes import logs
 from processes.http_server import serve_until
-from processes.ports import listen
+from processes.ports import PortBusy, listen
 from processes.signals import stop_on_signals
 from schemas import settings
 from schemas.errors import SettingsInvalid
@@ -58,9 +59,7 @@ def _admin(
     )
 
 
-async def main() -> None:
-    given = settings.load()
-    logs.configure(given.log_level)
+async def serve(given: Settings) -> None:
     roots = load_roots(given.root_keys)
     reader = KafkaReader(given.kafka)
     appender = KafkaAppender(given.kafka, client_id=f"mlcdn-{given.node}")
@@ -83,21 +82,38 @@ async def main() -> None:
         ),
         reader,
         hosting.on_record,
-        lambda: log.info("origin caught up"),
+        hosting.on_caught_up,
         DeadLetters(Writer(appender, source=f"/origins/{given.node}"), node=given.node, region=given.region),
+        hosting.on_recreated,
     )
-    async with stop_on_signals() as stop, asyncio.TaskGroup() as group:
-        socket = listen(given.host, given.port)
-        log.info("origin listens", host=given.host, port=socket.getsockname()[1])
-        group.create_task(serve_until(_server(routes.app(hosting, given.max_body_bytes), given), [socket], stop))
-        if given.admin_token.get_secret_value():
-            admin = _admin(given, store, reader, roots, appender)
-            listening = listen(given.admin_host, given.admin_port)
-            group.create_task(serve_until(_server(admin.app(), given), [listening], stop))
-        group.create_task(follower.run(stop))
-        group.create_task(hosting.reconcile_until(stop))
-    await appender.close()
+    try:
+        async with stop_on_signals() as stop, asyncio.TaskGroup() as group:
+            socket = listen(given.host, given.port)
+            log.info("origin listens", host=given.host, port=socket.getsockname()[1])
+            group.create_task(serve_until(_server(routes.app(hosting, given.max_body_bytes), given), [socket], stop))
+            if given.admin_token.get_secret_value():
+                admin = _admin(given, store, reader, roots, appender)
+                listening = listen(given.admin_host, given.admin_port)
+                group.create_task(serve_until(_server(admin.app(), given), [listening], stop))
+            group.create_task(follower.run(stop))
+            group.create_task(hosting.reconcile_until(stop))
+    finally:
+        await appender.close()
+
+
+def main() -> int:
+    try:
+        given = settings.load()
+        logs.configure(given.log_level)
+        asyncio.run(serve(given))
+    except* (SettingsInvalid, PortBusy) as wrong:
+        for error in wrong.exceptions:
+            sys.stderr.write(f"origin: {error}\n")
+        return_code = 2
+    else:
+        return_code = 0
+    return return_code
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    sys.exit(main())

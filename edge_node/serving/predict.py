@@ -316,7 +316,8 @@ class Predictor:
         policy = served.wanted.released.cache
         now = _now_ms()
         fresh_until = now + int(policy.ttl_s * 1e3)
-        before = self._cache.peek(ask.key, served.digest)
+        # Not `peek`, which counts a miss: this one was counted when the answer was looked for.
+        before = self._cache.memory.get(ask.key)
         # Tags add up, so that callers who name different ones do not take turns in refilling one entry.
         tags = sorted(ask.tags | (set(before.tags) if before is not None else set()))
         return Entry(

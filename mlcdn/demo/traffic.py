@@ -107,7 +107,7 @@ class Recompute:
     """What each artifact answers, computed here with onnxruntime from the file that was published."""
 
     def __init__(self, artifacts: Mapping[str, Path], rows: NDArray[np.float32]) -> None:
-        import onnxruntime
+        from inference.runtime import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1

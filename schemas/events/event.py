@@ -10,7 +10,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def key(self) -> str:
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} names no record key: it is no event of a topic")
 
     @property
     def kind(self) -> str:
