@@ -61,6 +61,17 @@ def test_wrong_bytes_in_the_store_are_never_an_artifact(store: ArtifactStore, tm
     assert not (tmp_path / "got").exists()
 
 
+def test_a_wrong_chunk_ends_the_fetch_before_the_next_one_is_asked_for(store: ArtifactStore, tmp_path: Path) -> None:
+    artifact = made(tmp_path / "a", 2 * CHUNK_BYTES, seed=5)
+    wrong = bytearray((tmp_path / "a").read_bytes())
+    wrong[10] ^= 1
+    store.put_bytes(artifact.object_key, bytes(wrong))
+    fetched: list[int] = []
+    with pytest.raises(ModelRefused, match="chunk 0"):
+        store.fetch(artifact, tmp_path / "got", deadline_s=30, on_bytes=fetched.append)
+    assert sum(fetched) <= CHUNK_BYTES
+
+
 @pytest.mark.parametrize("there", ["nothing", "a chunk", "a chunk and rubbish", "all of it", "rubbish"])
 def test_a_fetch_goes_on_from_what_holds(store: ArtifactStore, tmp_path: Path, there: str) -> None:
     artifact = made(tmp_path / "a", CHUNK_BYTES + 1_000, seed=7)

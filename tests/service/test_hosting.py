@@ -20,7 +20,7 @@ from schemas.topics import RELEASES
 from streams.artifacts import ArtifactStore, describe
 from streams.log.local import LocalLog
 from streams.log.writer import Writer, wall_clock_ms
-from tests.models import mlp_bytes
+from tests.models import expand_bytes, mlp_bytes
 
 ROW = {"features": np.full((1, 32), 0.5, np.float32)}
 
@@ -158,6 +158,29 @@ def test_what_the_store_spoilt_or_no_trial_passes_is_never_hosted(scene: Scene) 
             await asyncio.sleep(1)
             assert hosting.find("far").wanted.digest == good.sha256
             assert bad.sha256 not in scene.files()
+
+    scene.play(act)
+
+
+def test_a_model_that_would_take_all_memory_is_stopped_in_its_trial(scene: Scene) -> None:
+    """It loads well enough: only a run shows what it does, and that must not happen in this process."""
+    good, greedy = scene.upload(mlp_bytes(7)), scene.upload(expand_bytes())
+
+    async def act(hosting: Hosting) -> None:
+        await scene.trust()
+        await scene.release(1, good)
+        scene.told(hosting)
+        await hosted(hosting, good.sha256)
+        await scene.release(2, greedy)
+        scene.told(hosting)
+        await asyncio.sleep(2)
+        assert hosting.find("far").wanted.digest == good.sha256
+        assert greedy.sha256 not in scene.files()
+        await scene.release(3, good)
+        scene.told(hosting)
+        async with asyncio.timeout(10):
+            while hosting.find("far").wanted.sequence != 3:
+                await asyncio.sleep(0.02)
 
     scene.play(act)
 
