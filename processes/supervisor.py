@@ -23,61 +23,23 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
+from processes.child import Child, GaveUp, StartFailed, SupervisorError
 from processes.child_output import last_lines, open_log, pump, to_stderr
 from processes.parent_death import GroupWatcher, group_watcher, tied_to_parent
 
 log = logging.getLogger(__name__)
 
+__all__ = ["Child", "GaveUp", "StartFailed", "Supervisor", "SupervisorError"]
+
 POLL_S = 0.05
 FIRST_BACKOFF_S = 0.1
 LAST_BACKOFF_S = 5.0
 FORGIVEN_AFTER_S = 30.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Child:
-    """One process to run. `env` is added to the parent's; `ready` returns once the child serves and raises before."""
-
-    name: str
-    argv: Sequence[str]
-    env: Mapping[str, str] = field(default_factory=dict)
-    cwd: Path | None = None
-    after: tuple[str, ...] = ()
-    ready: Callable[[], Awaitable[None]] | None = None
-    ready_timeout_s: float = 30.0
-    stop_timeout_s: float = 10.0
-    restart: bool = True
-    max_restarts: int = 5
-    pass_fds: tuple[int, ...] = ()
-    log: Path | Literal["prefix"] | None = None
-    """A file to append to; "prefix": lines to our stderr behind the child's name; None: our own stdout and stderr."""
-
-
-class SupervisorError(Exception):
-    """SupervisorError
-    ├── StartFailed   a child could not be spawned, exited before it was ready, or was not ready in time
-    └── GaveUp        a child died more often than it may be restarted
-    """
-
-    def __init__(self, name: str, reason: str, lines: Sequence[str] = ()) -> None:
-        super().__init__("\n    ".join([f"{name} {reason}", *lines]))
-        self.name = name
-        self.reason = reason
-        self.lines = tuple(lines)
-
-
-class StartFailed(SupervisorError):
-    pass
-
-
-class GaveUp(SupervisorError):
-    pass
 
 
 OnExit = Callable[[str, int, int], None]

@@ -19,10 +19,12 @@ from mlcdn.cli.target import DEFAULT_DIR, Dir, Target
 from origin.publish import Published, Publisher, ReleaseRequest
 from origin.receipts import FleetWatch, NodeOutcome, wait_live
 from schemas.errors import BadInput, NotFound
-from schemas.events import CachePolicy, Placement
+from schemas.events import CachePolicy, Placement, ServedModel
 from schemas.topics import INVALIDATIONS, RELEASES
 from streams.artifacts import ArtifactStore
 from streams.audit.control import At, fold_releases
+from streams.folds.fleet import Fleet, WorkerState
+from streams.folds.releases import Releases, Wanted
 
 Reason = Annotated[str, typer.Option(help="Why, in a person's words.")]
 Wait = Annotated[
@@ -231,13 +233,15 @@ def status(
         )
 
 
-def _status(name: str, state: Any, watch: FleetWatch, highs: dict[str, int]) -> dict[str, Any]:
+def _status(name: str, state: Releases, watch: FleetWatch, highs: dict[str, int]) -> dict[str, Any]:
     wanted = state.models[name].wanted
     now = time.time_ns() // 1_000_000
     nodes = []
     for worker in (w for workers in watch.fresh(now).values() for w in workers):
         beat = worker.beat
         served = next((m for m in beat.models if m.name == name), None)
+        if wanted is not None:
+            served = _since(watch.state, worker, served, wanted)
         positions = {t.name.removeprefix("mlcdn."): beat.positions.get(t.name, -1) for t in (RELEASES, INVALIDATIONS)}
         nodes.append(
             {
@@ -263,6 +267,22 @@ def _status(name: str, state: Any, watch: FleetWatch, highs: dict[str, int]) -> 
         },
         "nodes": sorted(nodes, key=lambda n: (n["region"], n["node"], n["worker"])),
     }  # fmt: skip
+
+
+def _since(fleet: Fleet, worker: WorkerState, served: ServedModel | None, wanted: Wanted) -> ServedModel | None:
+    """What the worker serves, by its last beat or by a swap it has reported since: beats are a second apart."""
+    beat = worker.beat
+    report = fleet.reports.get((beat.node, beat.worker, wanted.model, wanted.sequence))
+    if report is None or report.outcome != "live" or report.received_ms < worker.received_ms:
+        return served
+    return ServedModel(
+        name=wanted.model,
+        version=wanted.version,
+        digest=report.digest,
+        sequence=report.sequence,
+        channel=served.channel if served else "stable",
+        state="forwarded" if wanted.released.placement is Placement.ORIGIN else "live",
+    )
 
 
 def _row(node: dict[str, Any]) -> tuple[object, ...]:

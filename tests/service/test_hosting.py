@@ -89,12 +89,14 @@ def scene(stack: RunningStack, tmp_path: Path) -> Scene:
     return Scene(stack, tmp_path)
 
 
-async def hosted(hosting: Hosting, digest: str | None) -> None:
+async def hosted(hosting: Hosting, digest: str | None, sequence: int | None = None) -> None:
     """Waits until the model is served from `digest`, or, for None, no longer served."""
     async with asyncio.timeout(15):
         while True:
             found = hosting.models().get("far")
-            if (found.wanted.digest if found else None) == digest:
+            if (found.wanted.digest if found else None) == digest and (
+                sequence is None or (found is not None and found.wanted.sequence == sequence)
+            ):
                 return
             await asyncio.sleep(0.02)
 
@@ -178,9 +180,7 @@ def test_a_model_that_would_take_all_memory_is_stopped_in_its_trial(scene: Scene
         assert greedy.sha256 not in scene.files()
         await scene.release(3, good)
         scene.told(hosting)
-        async with asyncio.timeout(10):
-            while hosting.find("far").wanted.sequence != 3:
-                await asyncio.sleep(0.02)
+        await hosted(hosting, good.sha256, sequence=3)
 
     scene.play(act)
 
