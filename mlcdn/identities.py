@@ -20,7 +20,7 @@ from schemas.topics import INVALIDATIONS, RELEASES
 from streams.audit.control import At, fold_invalidations, fold_releases
 from streams.folds.trust import Trust
 from streams.log.admin import TopicAdmin
-from streams.log.keys import generate, load_private, load_roots
+from streams.log.keys import generate, load_private, load_roots, write_roots
 from streams.log.producer import KafkaAppender
 from streams.log.reader import KafkaReader
 from streams.log.writer import Writer
@@ -45,10 +45,7 @@ async def ensure_identities(directory: Path, kafka: str, progress: Callable[[str
     root, operator, origin = (_key(directory, label) for label in ("root", "operator", "origin"))
     roots = directory / "roots.txt"
     if not roots.exists():
-        import base64
-
-        public = load_private(root).public_key().public_bytes_raw()
-        roots.write_text(f"root {base64.b64encode(public).decode()}\n")
+        write_roots(roots, {"root": load_private(root)})
     found = Identities(roots=roots, root=root, operator=operator, origin=origin)
     grants = tuple(
         Grant(

@@ -15,7 +15,7 @@ from mlcdn.identities import OPERATOR_KINDS, change_trust
 from schemas.errors import BadInput, NotFound
 from schemas.events import Grant, TrustChanged
 from streams.audit.control import At, fold_releases
-from streams.log.keys import generate, load_private
+from streams.log.keys import generate, load_private, write_roots
 
 app = typer.Typer(help="Who may sign what.", no_args_is_help=True)
 
@@ -26,6 +26,17 @@ def _root_key(target: Target, given: Path | None) -> Path:
     if target.document is None:
         raise BadInput("say which root private key signs: --root FILE")
     return Path(target.document["keys"]["root"])
+
+
+@app.command()
+def root(
+    out: Annotated[Path, typer.Option(help="Directory for root.key and roots.txt.")] = Path("keys"),
+) -> None:
+    """Make a root key and the file of public roots that every machine of a network gets. Keep root.key off them."""
+    path = generate(out, "root")
+    roots = write_roots(out / "roots.txt", {"root": load_private(path)})
+    output.say(f"{path}  stays with you")
+    output.say(f"{roots}  goes to every machine: setting root_keys")
 
 
 @app.command()

@@ -10,6 +10,7 @@ import base64
 import binascii
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
@@ -74,3 +75,14 @@ def load_roots(path: Path) -> tuple[bytes, ...]:
     if not roots:
         raise SettingsInvalid(f"{path} names no root key")
     return tuple(roots)
+
+
+def write_roots(path: Path, roots: Mapping[str, Ed25519PrivateKey]) -> Path:
+    """The file of public keys of these roots, by label; refuses to replace one, since it is what machines trust."""
+    lines = [f"{label} {base64.b64encode(k.public_key().public_bytes_raw()).decode()}\n" for label, k in roots.items()]
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.writelines(lines)
+    except FileExistsError:
+        raise SettingsInvalid(f"{path} is there already; a file of roots is never replaced") from None
+    return path
