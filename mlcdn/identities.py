@@ -38,15 +38,17 @@ class Identities:
     origin: Path
 
 
-async def ensure_identities(directory: Path, kafka: str, progress: Callable[[str], None]) -> Identities:
-    """Makes the topics, and whatever keys and grants are missing. Safe to call again."""
-    for line in await asyncio.to_thread(TopicAdmin(kafka).apply):
-        progress(line)
+def key_files(directory: Path) -> Identities:
+    """Makes whatever keys are missing."""
     root, operator, origin = (_key(directory, label) for label in ("root", "operator", "origin"))
     roots = directory / "roots.txt"
     if not roots.exists():
         write_roots(roots, {"root": load_private(root)})
-    found = Identities(roots=roots, root=root, operator=operator, origin=origin)
+    return Identities(roots=roots, root=root, operator=operator, origin=origin)
+
+
+async def grant_first(identities: Identities, kafka: str) -> None:
+    """Grants the operator's and the origin's key, where the log does not have it. The topics must be there."""
     grants = tuple(
         Grant(
             public_key=load_private(path).public_key().public_bytes_raw(),
@@ -54,15 +56,23 @@ async def ensure_identities(directory: Path, kafka: str, progress: Callable[[str
             models=("*",),
             kinds=OPERATOR_KINDS,
         )
-        for label, path in (("operator", operator), ("origin", origin))
+        for label, path in (("operator", identities.operator), ("origin", identities.origin))
     )
     await change_trust(
         kafka,
-        load_private(root),
+        load_private(identities.root),
         TrustChanged(grants=grants, author="mlcdn-up", reason="the local network's first keys"),
-        load_roots(roots),
+        load_roots(identities.roots),
         only_if_missing=True,
     )
+
+
+async def ensure_identities(directory: Path, kafka: str, progress: Callable[[str], None]) -> Identities:
+    """Makes the topics, and whatever keys and grants are missing. Safe to call again."""
+    found = key_files(directory)
+    for line in await asyncio.to_thread(TopicAdmin(kafka).apply):
+        progress(line)
+    await grant_first(found, kafka)
     return found
 
 

@@ -24,13 +24,14 @@ from typing import Any
 
 import httpx
 
-from mlcdn.identities import Identities, ensure_identities
+from mlcdn.identities import Identities, grant_first, key_files
 from mlcdn.local_stack.stack import StackAddresses, start_stack
 from mlcdn.places import place
 from processes.ports import free_ports
 from processes.supervisor import Child, Supervisor
 from schemas import names
 from schemas.errors import BadInput
+from streams.log.admin import TopicAdmin
 
 Progress = Callable[[str], None]
 LOOPBACK = "127.0.0.1"
@@ -70,7 +71,7 @@ class Network:
         self.document: dict[str, Any] = {}
 
     async def start(self) -> None:
-        """1. parts, 2. topics and trust, 3. our processes, in parallel, 4. the document, last."""
+        """1. parts, 2. topics, 3. trust and our processes, in parallel, 4. the document, last."""
         began = time.monotonic()
         (self._directory / "logs").mkdir(parents=True, exist_ok=True)
         self._path().unlink(missing_ok=True)
@@ -81,7 +82,9 @@ class Network:
             self._progress,
             kafka_port=self._plan.kafka_port,
         )
-        identities = await ensure_identities(self._directory / "keys", addresses.kafka, self._progress)
+        identities = key_files(self._directory / "keys")
+        for line in await asyncio.to_thread(TopicAdmin(addresses.kafka).apply):
+            self._progress(line)
         token = self._admin_token()
         origin, admin, router = free_ports(3)
         router = self._plan.router_port or router
@@ -107,7 +110,9 @@ class Network:
             ),
         ]  # fmt: skip
         self._progress("starting origin, streams, router and edges")
-        await asyncio.gather(*(self._supervisor.add(child) for child in children))
+        # A new producer's first append takes half a second, which the processes need to start anyway.
+        first_trust = grant_first(identities, addresses.kafka)
+        await asyncio.gather(first_trust, *(self._supervisor.add(child) for child in children))
         self._describe(addresses, identities, token, origin, admin, router, edges)
         self._write()
         self._progress(f"ready in {time.monotonic() - began:.1f} s")
