@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import fastavro
+import httpx
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from processes.ports import free_ports
 from schemas import codec, metrics, settings
 from schemas.events import KINDS
 from schemas.topics import TOPICS
+from streams.log.keys import write_roots
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
@@ -107,7 +113,34 @@ def test_the_wheel_installs_and_runs_elsewhere(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert installed.returncode == 0, installed.stderr
-    program = f"import sys; sys.path.insert(0, {str(target)!r}); import schemas.codec as c; "
-    program += "print(c.__file__, len(c.catalogue_digest()))"
-    asked = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert str(target) in asked.stdout and asked.stdout.strip().endswith("64"), asked.stderr
+    # A node out of the wheel, far from this checkout: no Kafka, no Redis, no model, and it answers.
+    [port] = free_ports(1)
+    roots = write_roots(tmp_path / "roots.txt", {"root": Ed25519PrivateKey.generate()})
+    own = {
+        "PYTHONPATH": str(target),
+        "MLCDN_PORT": str(port),
+        "MLCDN_DIR": str(tmp_path / "node"),
+        "MLCDN_ROOT_KEYS": str(roots),
+        "MLCDN_KAFKA": "127.0.0.1:9",
+    }
+    where = [sys.executable, "-c", "import edge_node, schemas; print(edge_node.__file__, schemas.__file__)"]
+    asked = subprocess.run(where, cwd=tmp_path, env=os.environ | own, capture_output=True, text=True, check=False)
+    assert asked.stdout.count(str(target)) == 2, asked.stderr
+    node = subprocess.Popen([sys.executable, "-m", "edge_node.main"], cwd=tmp_path, env=os.environ | own)
+    try:
+        assert _answers(f"http://127.0.0.1:{port}/v2/health/live")
+        described = httpx.get(f"http://127.0.0.1:{port}/v2", trust_env=False)
+        assert described.json()["name"] == "mlcdn"
+    finally:
+        node.terminate()
+        assert node.wait(40) == 0
+
+
+def _answers(url: str) -> bool:
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        try:
+            return httpx.get(url, timeout=1, trust_env=False).status_code == 200
+        except httpx.TransportError:
+            time.sleep(0.1)
+    return False
