@@ -16,6 +16,7 @@ Kind = Literal["counter", "gauge", "histogram"]
 LATENCY_BUCKETS: Final = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
 )  # fmt: skip
+ROW_BUCKETS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 1024.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,9 @@ CATALOGUE: Final[dict[str, Metric]] = {
     "mlcdn_cache_writes_dropped_total": Metric("counter", "Entries that a tier did not take, by reason.", ("tier", "reason")),
     "mlcdn_cache_bytes": Metric("gauge", "Bytes held by a tier.", ("tier",)),
     "mlcdn_breaker_open": Metric("gauge", "1 while a tier is left alone because it failed.", ("tier",), "livemax"),
+    "mlcdn_batch_rows": Metric("histogram", "Rows run together, by why the batch left: its tick, or a thread came free.", ("model", "reason")),
+    "mlcdn_run_seconds": Metric("histogram", "Time of one run.", ("model",)),
+    "mlcdn_queue_seconds": Metric("histogram", "Time that the oldest job of a batch waited.", ("model",)),
     "mlcdn_swaps_total": Metric("counter", "Model swaps by outcome.", ("model", "outcome")),
     "mlcdn_swap_phase_seconds": Metric("histogram", "Time of a swap's phases.", ("phase",)),
     "mlcdn_artifacts_rejected_total": Metric("counter", "Artifacts that a node would not activate.", ("phase",)),
@@ -48,6 +52,7 @@ CATALOGUE: Final[dict[str, Metric]] = {
     "mlcdn_events_dropped_total": Metric("counter", "Fleet events dropped because a queue was full.", ("kind",)),
     "mlcdn_follower_rebuilds_total": Metric("counter", "Times a stalled or failed follower was rebuilt.", ("group",)),
     "mlcdn_control_plane_age_seconds": Metric("gauge", "Time since the agent's last heartbeat.", (), "livemax"),
+    "mlcdn_connections_cut_total": Metric("counter", "Connections refused or cut, by reason.", ("reason",)),
     "mlcdn_router_answers_total": Metric("counter", "Answers of the router: ranked, redirected, none.", ("answer",)),
     "mlcdn_router_panics_total": Metric("counter", "Answers given while fewer than half of the nodes were well.", ()),
     "mlcdn_router_table_age_seconds": Metric("gauge", "Age of the routing table; -1 for none.", (), "livemostrecent"),
@@ -79,4 +84,6 @@ def gauge(name: str) -> Gauge:
 @cache
 def histogram(name: str) -> Histogram:
     metric = _of(name, "histogram")
-    return Histogram(name, metric.help, metric.labels, buckets=LATENCY_BUCKETS)
+    return Histogram(
+        name, metric.help, metric.labels, buckets=ROW_BUCKETS if name.endswith("_rows") else LATENCY_BUCKETS
+    )

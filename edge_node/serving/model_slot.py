@@ -3,8 +3,7 @@
 Laws:
 - A request holds the `Served` it began with to its end, so a swap is one assignment and no answer mixes two releases.
 - The previous release stays loaded for a rollback; the one before it is closed once the last request has left it.
-- Each slot has threads of its own: a model that hangs until its deadline keeps no other model from running.
-- The queue is bounded: a computation above the release's `max_queue` is refused at once, and not kept to time out.
+- Each slot has an engine, with threads of its own: a model that hangs until its deadline keeps no other from running.
 
 It must not know the board, caches or HTTP.
 """
@@ -12,77 +11,15 @@ It must not know the board, caches or HTTP.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator
 
-import numpy as np
-
-from inference.datatypes import TensorSpec
-from inference.deadlines import Deadline
-from inference.onnx_model import OnnxModel
-from schemas.errors import BadInput, NotFound, NotReady, Overloaded
-from streams.folds.releases import Wanted
-
-Array = np.ndarray[Any, np.dtype[Any]]
-
-
-class Served:
-    """A release that answers: from its session, or, where `model` is None, from the origin."""
-
-    def __init__(self, wanted: Wanted, channel: str, model: OnnxModel | None) -> None:
-        self.wanted, self.channel, self.model = wanted, channel, model
-        self.slot: ModelSlot | None = None
-        self.in_flight = 0
-        self._empty = asyncio.Event()
-        self._empty.set()
-
-    @property
-    def name(self) -> str:
-        return self.wanted.model
-
-    @property
-    def digest(self) -> str:
-        return self.wanted.digest
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        if self.model is not None:
-            return self.model.inputs
-        return tuple(TensorSpec(t.name, t.datatype, t.shape) for t in self.wanted.released.inputs)
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        if self.model is not None:
-            return self.model.outputs
-        return tuple(TensorSpec(t.name, t.datatype, t.shape) for t in self.wanted.released.outputs)
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """For as long as a request may still need the session."""
-        self.in_flight += 1
-        self._empty.clear()
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
-            if not self.in_flight:
-                self._empty.set()
-
-    async def run(
-        self, inputs: Mapping[str, Array], outputs: Sequence[str] | None, deadline: Deadline
-    ) -> dict[str, Array]:
-        if self.model is None or self.slot is None:
-            raise NotReady(f"model {self.name} has no session here")
-        return await self.slot.run(self.model, self.wanted.released.limits.max_queue, inputs, outputs, deadline)
-
-    async def drained(self) -> None:
-        await self._empty.wait()
+from edge_node.serving.engine import Engine
+from edge_node.serving.served import Prepared, Served
+from schemas.errors import BadInput, NotFound, NotReady
 
 
 class ModelSlot:
-    """Where one model is served from. One event loop owns it; only `run` leaves for a thread."""
+    """Where one model is served from. One event loop owns it."""
 
     def __init__(self, name: str, threads: int) -> None:
         self.name = name
@@ -91,8 +28,7 @@ class ModelSlot:
         # What the last attempt to take over a newer release came to; empty when there was none or it succeeded.
         self.error = ""
         self.loading = False
-        self.queued = 0
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix=f"run-{name}")
+        self.engine = Engine(name, threads)
         self._closing: set[asyncio.Task[None]] = set()
 
     @property
@@ -106,10 +42,14 @@ class ModelSlot:
     def in_flight(self) -> int:
         return self.current.in_flight if self.current else 0
 
+    @property
+    def queued(self) -> int:
+        return self.engine.queued
+
     def swap(self, new: Served) -> Served | None:
         """`new` answers from the next request on; returns what answered before."""
         old, before = self.current, self.previous
-        new.slot = self
+        new.engine = self.engine
         self.current, self.error = new, ""
         if old is not None and old.digest == new.digest:
             if old.model is not None and old.model is not new.model:
@@ -120,28 +60,12 @@ class ModelSlot:
             self._close(before)
         return old
 
-    def loaded(self, digest: str) -> OnnxModel | None:
+    def loaded(self, digest: str) -> Prepared | None:
         """The session of an artifact that is still in memory: a rollback needs no file."""
         for served in (self.current, self.previous):
             if served is not None and served.digest == digest and served.model is not None:
-                return served.model
+                return Prepared(served.model, served.cost)
         return None
-
-    async def run(
-        self,
-        model: OnnxModel,
-        limit: int,
-        inputs: Mapping[str, Array],
-        outputs: Sequence[str] | None,
-        deadline: Deadline,
-    ) -> dict[str, Array]:
-        if self.queued >= limit:
-            raise Overloaded(f"model {self.name} has {limit} computations waiting")
-        self.queued += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, model.run, inputs, outputs, deadline)
-        finally:
-            self.queued -= 1
 
     async def close(self) -> None:
         """After the last request has left: nothing of the model stays in memory."""
@@ -150,7 +74,7 @@ class ModelSlot:
                 self._close(served)
         self.current = self.previous = None
         await asyncio.gather(*self._closing)
-        self._threads.shutdown(wait=False)
+        self.engine.close()
 
     def _close(self, served: Served) -> None:
         async def drain_and_close() -> None:

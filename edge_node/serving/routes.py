@@ -32,9 +32,10 @@ from starlette.routing import Route
 
 from edge_node.serving.controls import Consulted, cache_status, controls_of
 from edge_node.serving.gate import Gate, Note, note
-from edge_node.serving.model_slot import Served, Slots
+from edge_node.serving.model_slot import Slots
 from edge_node.serving.predict import Answer, Predictor
 from edge_node.serving.reporter import Identity, Row
+from edge_node.serving.served import Served
 from inference import protocol as oip
 from schemas.errors import BadInput, BadTensor, MlcdnError, NotFound, Overloaded, Unreachable
 from schemas.events import ModelRef

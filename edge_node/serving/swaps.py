@@ -17,9 +17,6 @@ It must not know requests, caches or where artifacts come from.
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,11 +28,12 @@ import msgspec
 import structlog
 
 from edge_node.board import BoardFile, BoardModel
-from edge_node.serving.model_slot import ModelSlot, Served, Slots
+from edge_node.serving.model_slot import ModelSlot, Slots
 from edge_node.serving.reporter import Identity
-from inference.deadlines import Deadline
-from inference.golden import GoldenRefused, read_golden
+from edge_node.serving.served import Prepared, Served
+from edge_node.serving.warming import warm
 from inference.onnx_model import OnnxModel, SessionSettings
+from processes.priority import lower_priority
 from schemas.errors import MlcdnError
 from schemas.events import Event, ModelSwapped, ServedModel, SwapFailed
 from schemas.metrics import counter, histogram
@@ -86,7 +84,9 @@ class Swaps:
         self._running: dict[str, asyncio.Task[None]] = {}
         self._retiring: set[asyncio.Task[None]] = set()
         self._one_quiet_load = asyncio.Lock()
-        self._quiet = ThreadPoolExecutor(1, thread_name_prefix="load-quiet", initializer=_lower_priority)
+        self._quiet = ThreadPoolExecutor(
+            1, thread_name_prefix="load-quiet", initializer=partial(lower_priority, _LOWEST_PRIORITY)
+        )
         self._plain = ThreadPoolExecutor(2, thread_name_prefix="load")
 
     @property
@@ -164,7 +164,7 @@ class Swaps:
         slot.loading = True
         ms: dict[str, float] = dict(target.ms)
         try:
-            model = None if target.forwarded else await self._prepare(slot, target, ms)
+            prepared = None if target.forwarded else await self._prepare(slot, target, ms)
         except PhaseFailed as failed:
             self._failed(slot, target, failed)
             return
@@ -172,11 +172,11 @@ class Swaps:
             slot.loading = False
         if self._slots.find(name) is not slot:
             # Retired while it was loading.
-            if model is not None:
-                model.close()
+            if prepared is not None:
+                prepared.model.close()
             return
         began = time.perf_counter()
-        old = slot.swap(Served(wanted, target.channel, model))
+        old = slot.swap(Served(wanted, target.channel, prepared))
         ms["swap"] = (time.perf_counter() - began) * 1e3
         self._failures.pop(name, None)
         counter("mlcdn_swaps_total").labels(name, "swapped").inc()
@@ -194,7 +194,7 @@ class Swaps:
             causation_id=wanted.cause,
         )
 
-    async def _prepare(self, slot: ModelSlot, target: BoardModel, ms: dict[str, float]) -> OnnxModel:
+    async def _prepare(self, slot: ModelSlot, target: BoardModel, ms: dict[str, float]) -> Prepared:
         loaded = slot.loaded(target.wanted.digest)
         if loaded is not None:
             return loaded
@@ -210,11 +210,11 @@ class Swaps:
         )
         golden = self._directory / target.golden_path if target.golden_path else None
         try:
-            await self._timed(slot, "warm", ms, lambda: _warm(model, golden, target.wanted))
+            cost = await self._timed(slot, "warm", ms, lambda: warm(model, golden, target.wanted))
         except BaseException:
             model.close()
             raise
-        return model
+        return Prepared(model, cost)
 
     async def _timed(
         self,
@@ -291,17 +291,6 @@ def _is_served(slot: ModelSlot | None, target: BoardModel) -> bool:
     )
 
 
-def _warm(model: OnnxModel, golden: Path | None, wanted: Wanted) -> None:
-    inputs = None
-    if golden is not None:
-        try:
-            inputs = read_golden(golden).inputs
-        except GoldenRefused as refused:
-            # The agent's trial has held the model against it; for warming, zeros will do.
-            log.warning("golden_unreadable", model=wanted.model, cause=str(refused))
-    model.warm(inputs, Deadline.after(wanted.released.limits.deadline_ms / 1e3))
-
-
 def _release(wanted: Wanted) -> dict[str, Any]:
     return {
         "model": wanted.model,
@@ -310,9 +299,3 @@ def _release(wanted: Wanted) -> dict[str, Any]:
         "digest": wanted.digest,
         "position": wanted.position,
     }
-
-
-def _lower_priority() -> None:
-    """Of the calling thread. Elsewhere than on Linux a thread has no priority of its own."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)

@@ -719,13 +719,14 @@ def test_which_model_predict_means(tmp_path: Path) -> None:
 def test_overload_is_refused_at_once_and_counted_and_a_deadline_is_kept(tmp_path: Path, runs: Runs) -> None:
     async def scenario() -> None:
         node = Node(tmp_path)
-        node.release(V1, limits=Limits(deadline_ms=5_000, max_queue=3))
+        node.release(V1, limits=Limits(deadline_ms=5_000, max_queue=3), batchable=False)
+        # Slow when it is warmed, so it runs in its two threads.
+        runs.reset(delay_s=0.1)
         async with node.serving() as http:
-            runs.reset(delay_s=0.1)
             asked = [http.post("/predict", json={"features": [float(i)] * 32}) for i in range(8)]
             statuses = [a.status_code for a in await asyncio.gather(*asked)]
-            assert sorted(statuses) == [200] * 3 + [429] * 5
-            refused = [http.post("/predict", json={"features": [50.0 + i] * 32}) for i in range(4)]
+            assert sorted(statuses) == [200] * 5 + [429] * 3
+            refused = [http.post("/predict", json={"features": [50.0 + i] * 32}) for i in range(6)]
             (over,) = [a for a in await asyncio.gather(*refused) if a.status_code == 429]
             assert over.headers["retry-after"] == "1"
             runs.reset(delay_s=0.3)
@@ -785,8 +786,9 @@ def test_a_model_at_the_origin_is_forwarded_cached_and_its_errors_translated(tmp
             return httpx.Response(status, json=body, headers={"mlcdn-digest": said})
 
         async with node.serving() as http:
-            assert node.worker.predictor.origin is not None
-            node.worker.predictor.origin = OriginClient("http://origin", transport=httpx.MockTransport(origin))
+            node.worker.predictor.forwarding.origin = OriginClient(
+                "http://origin", transport=httpx.MockTransport(origin)
+            )
             scores = {"name": "scores", "datatype": "FP32", "shape": [1, 8], "data": list(range(8))}
             for status, body, said, wanted in [
                 (500, {}, digest, 503),

@@ -1,0 +1,87 @@
+"""A release as a worker serves it: from its session, or from the origin.
+
+Law: what still needs its session has entered it and not left, so it is closed when the last has left. It must not know
+slots, swaps, caches or requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from edge_node.serving.placement import RunCost
+from inference.datatypes import FREE, TensorSpec
+from inference.onnx_model import OnnxModel
+from schemas.events import Tensor
+from streams.folds.releases import Wanted
+
+if TYPE_CHECKING:
+    from edge_node.serving.engine import Engine
+
+
+class Prepared(msgspec.Struct, frozen=True):
+    """A session that is warm, and what its runs cost."""
+
+    model: OnnxModel
+    cost: RunCost
+
+
+class Served:
+    """A release that answers: from its session, or, where there is none, from the origin."""
+
+    def __init__(self, wanted: Wanted, channel: str, prepared: Prepared | None) -> None:
+        self.wanted, self.channel = wanted, channel
+        self.model = prepared.model if prepared is not None else None
+        self.cost = prepared.cost if prepared is not None else RunCost(0.0, may_run_in_loop=False)
+        self.batchable = prepared is not None and wanted.released.batching.batchable
+        self.inputs: tuple[TensorSpec, ...]
+        self.outputs: tuple[TensorSpec, ...]
+        if self.model is not None:
+            self.inputs, self.outputs = self.model.inputs, self.model.outputs
+        else:
+            self.inputs, self.outputs = _specs(wanted.released.inputs), _specs(wanted.released.outputs)
+        # Whether the number of rows is all that two requests' inputs may differ in.
+        self.inner_fixed = all(spec.ranked and FREE not in spec.shape[1:] for spec in self.inputs)
+        # Where its jobs go: its slot's. None before it is swapped in, and for ever where the origin answers.
+        self.engine: Engine | None = None
+        self.in_flight = 0
+        self._drained: asyncio.Event | None = None
+
+    @property
+    def name(self) -> str:
+        return self.wanted.model
+
+    @property
+    def digest(self) -> str:
+        return self.wanted.digest
+
+    def enter(self) -> None:
+        """A request that may still need the session; `leave` follows, whatever happens."""
+        self.in_flight += 1
+
+    def leave(self) -> None:
+        self.in_flight -= 1
+        if not self.in_flight and self._drained is not None:
+            self._drained.set()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
+
+    async def drained(self) -> None:
+        """Once it answers nothing new: when the last request has left."""
+        while self.in_flight:
+            self._drained = asyncio.Event()
+            await self._drained.wait()
+
+
+def _specs(tensors: Sequence[Tensor]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(t.name, t.datatype, t.shape) for t in tensors)
