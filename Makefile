@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-stamp
+PEERS := .venv-peers
+PEERS_STAMP := $(PEERS)/.setup-stamp
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check up bench lock clean
+.PHONY: help setup demo test check up bench bench-peers lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -38,13 +40,22 @@ up: setup ## the whole network in the foreground; Ctrl-C stops it
 bench: setup ## every benchmark: one table, then one line of ratios each
 	$(BIN)/python -m bench $(ARGS)
 
+bench-peers: setup $(PEERS_STAMP) ## the edge beside other servers, which get a venv of their own
+	$(BIN)/python -m bench edge --peers nginx,mosec,triton,mlserver,litserve,bentoml $(ARGS)
+
+$(PEERS_STAMP): requirements/peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --require-hashes --no-deps --only-binary :all: -r requirements/peers.txt
+	@touch $@
+
 UV_COMPILE := $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate --no-emit-index-url --python-version 3.11 pyproject.toml
 
 lock: ## requirements/*.txt anew from pyproject.toml (needs uv: pip install uv in .venv)
-	$(UV_COMPILE) --all-extras --group test --group check -o requirements/dev.txt
+	$(UV_COMPILE) --extra demo --group test --group check -o requirements/dev.txt
 	$(UV_COMPILE) -c requirements/dev.txt -o requirements/client.txt
 	$(UV_COMPILE) -c requirements/dev.txt --extra edge -o requirements/edge.txt
 	$(UV_COMPILE) -c requirements/dev.txt --extra origin --extra streams --extra router --extra cli -o requirements/control.txt
+	$(UV_COMPILE) --extra peers -o requirements/peers.txt
 
 clean: ## forget the environment and the local network
-	rm -rf $(VENV) .mlcdn build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(PEERS) .mlcdn build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
