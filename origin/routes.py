@@ -1,6 +1,6 @@
 """The origin's open port: inference for models placed here, and the schemas of the log, read-only.
 
-POST /v2/models/{model}/infer        Open Inference Protocol v2, JSON; the answer names its digest
+POST /v2/models/{model}/infer        Open Inference Protocol v2, JSON or binary; the answer names its digest
 GET  /v2/models/{model}              metadata
 GET  /schemas/ids/{id} · /subjects · /subjects/{s}/versions · /subjects/{s}/versions/{v|latest}
                                       the read-only part of Confluent's schema registry that tools ask for
@@ -18,13 +18,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from inference import protocol
-from inference.protocol import InferRequest
+from inference.packed import pack_outputs
 from origin.hosting import Hosted, Hosting
 from schemas import codec, names
 from schemas.errors import BadInput, MlcdnError, NotFound, Overloaded
 from schemas.topics import TOPICS
 
-_INFER = msgspec.json.Decoder(InferRequest)
+_JSON_LENGTH = "inference-header-content-length"
 
 
 def app(hosting: Hosting, max_body_bytes: int) -> Starlette:
@@ -94,13 +94,20 @@ class _Routes:
 
     async def infer(self, request: Request) -> Response:
         hosted = self._hosting.find(names.name(request.path_params["model"], "model"))
-        asked = protocol.parse(await body_of(request, self._max_body_bytes), _INFER)
-        inputs = protocol.tensors_of(asked)
+        body = await body_of(request, self._max_body_bytes)
+        asked, binary = protocol.parse_infer(body, request.headers.get(_JSON_LENGTH))
+        protocol.check_datatypes(asked, hosted.model.inputs)
+        inputs = protocol.tensors_of(asked, binary)
+        as_binary = protocol.binary_outputs(asked, hosted.model.outputs)
         found = await self._hosting.run(hosted, inputs, asked.output_names)
-        specs = [s for s in hosted.model.outputs if s.name in found]
-        encoded = protocol.encode_outputs(found, specs)
-        whole = protocol.infer_answer(hosted.wanted.model, hosted.wanted.version, asked.id, encoded)
-        return Response(whole, headers=_served(hosted), media_type="application/json")
+        packed = pack_outputs(found, hosted.model.outputs)
+        whole, json_length = protocol.binary_answer(
+            hosted.wanted.model, hosted.wanted.version, asked.id, packed, as_binary
+        )
+        if not as_binary:
+            return Response(whole, headers=_served(hosted), media_type="application/json")
+        headers = _served(hosted) | {_JSON_LENGTH: str(json_length)}
+        return Response(whole, headers=headers, media_type="application/octet-stream")
 
     async def schema(self, request: Request) -> Response:
         found = codec.BY_ID.get(request.path_params["id"])

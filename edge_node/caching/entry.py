@@ -25,7 +25,7 @@ from edge_node.caching.keys import KEY_BYTES
 from schemas.errors import MlcdnError
 
 MAGIC: Final = b"MLCE"
-FORMAT: Final = 1
+FORMAT: Final = 2
 AS_OF_AT: Final = 8
 AS_OF_BYTES: Final = 8
 _HEAD: Final = struct.Struct(">4sB3xQ16s16sII")

@@ -20,10 +20,11 @@ import numpy as np
 
 from inference.datatypes import TensorSpec
 from inference.deadlines import Deadline
-from inference.protocol import infer_body, outputs_in
+from inference.oip_answers import infer_body, outputs_in
 from schemas.errors import BadInput, BadTensor, DeadlineExceeded, NotReady, Overloaded, Unreachable
 
 MAX_ANSWER_BYTES = 64 * 2**20
+JSON_LENGTH = "inference-header-content-length"
 MAX_CONNECTIONS = 64
 
 
@@ -48,9 +49,11 @@ class OriginClient:
         deadline: Deadline,
         traceparent: str = "",
     ) -> bytes:
-        """The encoded `outputs` of the origin's answer."""
-        headers = {"content-type": "application/json"} | ({"traceparent": traceparent} if traceparent else {})
-        body = infer_body(inputs, specs, outputs)
+        """The packed outputs of the origin's answer."""
+        body, json_length = infer_body(inputs, specs, outputs)
+        headers = {"content-type": "application/octet-stream", JSON_LENGTH: str(json_length)}
+        if traceparent:
+            headers["traceparent"] = traceparent
         remaining = deadline.remaining()
         if remaining <= 0:
             raise DeadlineExceeded("the deadline passed before the origin was asked")
@@ -70,7 +73,7 @@ class OriginClient:
         if (actual := answer.headers.get("mlcdn-digest", "")) != digest:
             raise NotReady(f"the origin serves {actual[:12] or 'nothing'} of model {model}, not {digest[:12]} yet")
         try:
-            return outputs_in(answer.content)
+            return outputs_in(answer.content, _json_length(answer))
         except BadInput as error:
             raise self._unreachable(str(error)) from None
 
@@ -99,6 +102,13 @@ class OriginClient:
 
     def _unreachable(self, hint: str) -> Unreachable:
         return Unreachable("origin", self._url, hint)
+
+
+def _json_length(answer: httpx.Response) -> int:
+    said = answer.headers.get(JSON_LENGTH, "")
+    if not (said.isascii() and said.isdigit() and len(said) < 16):
+        raise BadInput("not an infer answer with binary data")
+    return int(said)
 
 
 class _Error(msgspec.Struct):

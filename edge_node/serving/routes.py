@@ -30,21 +30,23 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from edge_node.serving.controls import Consulted, cache_status, controls_of
+from edge_node.serving import answers
+from edge_node.serving.controls import Consulted, controls_of
 from edge_node.serving.gate import Gate, Note, note
 from edge_node.serving.model_slot import Slots
 from edge_node.serving.predict import Answer, Predictor
-from edge_node.serving.reporter import Identity, Row
+from edge_node.serving.reporter import Identity
+from edge_node.serving.rows import Rows
 from edge_node.serving.served import Served
 from inference import protocol as oip
-from schemas.errors import BadInput, BadTensor, MlcdnError, NotFound, Overloaded, Unreachable
+from schemas.errors import BadInput, BadTensor, MlcdnError, NotFound
 from schemas.events import ModelRef
 
 BODY_TIMEOUT_S: Final = 10.0
 _JSON: Final = "application/json"
+_BINARY: Final = "application/octet-stream"
 _PREDICT = msgspec.json.Decoder(oip.PredictRequest)
 _BATCH = msgspec.json.Decoder(oip.BatchPredictRequest)
-_INFER = msgspec.json.Decoder(oip.InferRequest)
 
 log = structlog.get_logger()
 
@@ -80,13 +82,11 @@ class Doors:
         asked = oip.parse(await self._body(request, noted), _PREDICT)
         served = self._meant(asked.model, noted)
         spec = _only_input(served)
+        answers.check_json(served)
         answer = await self._predictor.predict(served, {spec.name: oip.row_of(spec, asked.features)}, None, controls)
         _note(noted, answer)
-        prediction, outputs = oip.prediction_of(answer.body)
-        body = b'{"prediction":' + prediction + (b',"outputs":' + outputs if outputs else b"")
-        tail = {"cached": answer.cached, "tier": answer.tier, "edge_region": self._identity.region}
-        tail |= {"model": served.name, "version": served.wanted.version, "digest": served.digest}
-        return Response(body + b"," + msgspec.json.encode(tail)[1:], headers=_headers(served, answer), media_type=_JSON)
+        body = answers.predict_answer(served, answer, self._identity.region)
+        return _whole(body, answers.answer_headers(served, answer, len(body)))
 
     async def batch_predict(self, request: Request) -> Response:
         noted, controls = note(request.scope), controls_of(request.headers, self._predictor.now())
@@ -95,37 +95,40 @@ class Doors:
         if not 0 < len(asked.features) <= self._limits.batch_rows:
             raise BadInput(f"features has {len(asked.features)} rows; a batch has 1 to {self._limits.batch_rows}")
         spec = _only_input(served)
+        answers.check_json(served)
         rows = [{spec.name: _row(spec, features, i)} for i, features in enumerate(asked.features)]
-        answers = await self._predictor.predict_rows(served, rows, controls)
-        computed = [a for a in answers if not a.cached]
-        _note(noted, computed[0] if computed else answers[0])
-        predictions = [oip.prediction_of(a.body)[0] for a in answers]
-        tail = {"count": len(answers), "cached": [a.cached for a in answers], "edge_region": self._identity.region}
+        found = await self._predictor.predict_rows(served, rows, controls)
+        computed = [a for a in found if not a.cached]
+        _note(noted, computed[0] if computed else found[0])
+        predictions = [oip.prediction_of(a.body)[0] for a in found]
+        tail = {"count": len(found), "cached": [a.cached for a in found], "edge_region": self._identity.region}
         tail |= {"model": served.name, "version": served.wanted.version, "digest": served.digest}
         body = b'{"predictions":[' + b",".join(predictions) + b"]," + msgspec.json.encode(tail)[1:]
-        return Response(body, headers=_batch_headers(served, answers, self._predictor), media_type=_JSON)
+        return _whole(body, _batch_headers(served, found) + answers.body_headers(len(body)))
 
     async def infer(self, request: Request) -> Response:
         noted, controls = note(request.scope), controls_of(request.headers, self._predictor.now())
-        if "inference-header-content-length" in request.headers:
-            raise BadInput("the binary tensor extension is not served; send JSON data")
-        body = await self._body(request, noted)
+        json_length = request.headers.get("inference-header-content-length")
+        body = await self._body(request, noted, binary=json_length is not None)
         served = self._named(request)
         noted.model = _ref(served)
-        asked = oip.parse(body, _INFER)
-        inputs = oip.tensors_of(asked)
+        asked, binary = oip.parse_infer(body, json_length)
+        oip.check_datatypes(asked, served.inputs)
+        inputs = oip.tensors_of(asked, binary)
         if list(inputs) == [""]:
             # Our client does not ask for the signature first: its one tensor is the model's one input.
             inputs = {_only_input(served).name: inputs[""]}
         if any(a.shape and a.shape[0] > self._limits.batch_rows for a in inputs.values()):
             raise BadInput(f"a request has at most {self._limits.batch_rows} rows")
-        answer = await self._predictor.predict(served, inputs, asked.output_names, controls, asked.parameters)
+        as_binary = oip.binary_outputs(asked, served.outputs)
+        answer = await self._predictor.predict(served, inputs, asked.output_names, controls, asked.meaning)
         _note(noted, answer)
-        return Response(
-            oip.infer_answer(served.name, served.wanted.version, asked.id, answer.body),
-            headers=_headers(served, answer),
-            media_type=_JSON,
-        )
+        if not as_binary:
+            body = answers.infer_answer(served, answer.body, asked.id)
+            return _whole(body, answers.answer_headers(served, answer, len(body)))
+        body, head = oip.binary_answer(served.name, served.wanted.version, asked.id, answer.body, as_binary)
+        headers = answers.answer_headers(served, answer, len(body), answers.BINARY)
+        return _whole(body, [*headers, (b"inference-header-content-length", b"%d" % head)])
 
     async def model(self, request: Request) -> Response:
         served = self._named(request)
@@ -136,14 +139,14 @@ class Doors:
             "inputs": [_described(t) for t in served.inputs],
             "outputs": [_described(t) for t in served.outputs],
         }
-        return _json(described, headers=_model_headers(served))
+        return _json(described, headers=answers.model_headers(served))
 
     async def model_ready(self, request: Request) -> Response:
         served = self._named(request)
-        return _json({"name": served.name, "ready": True}, headers=_model_headers(served))
+        return _json({"name": served.name, "ready": True}, headers=answers.model_headers(served))
 
     async def server(self, _: Request) -> Response:
-        return _json({"name": "mlcdn", "version": installed_version("mlcdn"), "extensions": []})
+        return _json({"name": "mlcdn", "version": installed_version("mlcdn"), "extensions": ["binary_tensor_data"]})
 
     async def live(self, _: Request) -> Response:
         return _json({"live": True})
@@ -172,9 +175,9 @@ class Doors:
             raise NotFound(f"model {served.name} is served in version {served.wanted.version}")
         return served
 
-    async def _body(self, request: Request, noted: Note) -> bytes:
+    async def _body(self, request: Request, noted: Note, *, binary: bool = False) -> bytes:
         kind = request.headers.get("content-type", _JSON).partition(";")[0].strip().lower()
-        if kind != _JSON and not kind.endswith("+json"):
+        if kind != _JSON and not kind.endswith("+json") and not (binary and kind == _BINARY):
             raise HTTPException(415, f"the body must be {_JSON}")
         if request.headers.get("content-encoding", "identity").lower() != "identity":
             raise HTTPException(415, "the body must not be compressed")
@@ -192,7 +195,7 @@ class Doors:
         return bytes(body)
 
 
-def build_app(doors: Doors, state: State, row: Callable[[Row], None], identity: Identity) -> Starlette:
+def build_app(doors: Doors, state: State, rows: Rows, identity: Identity) -> Starlette:
     endpoints: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
         ("POST", "/predict", doors.predict),
         ("POST", "/batch_predict", doors.batch_predict),
@@ -211,7 +214,7 @@ def build_app(doors: Doors, state: State, row: Callable[[Row], None], identity: 
     always = ((b"mlcdn-region", identity.region.encode()), (b"mlcdn-node", identity.node.encode()))
     app = Starlette(
         routes=[Route(path, endpoint, methods=[method]) for method, path, endpoint in endpoints],
-        middleware=[Middleware(Gate, row=row, draining=lambda: state.draining, headers=always)],
+        middleware=[Middleware(Gate, rows=rows, draining=lambda: state.draining, headers=always)],
         exception_handlers={
             MlcdnError: _on_ours,
             HTTPException: _on_http,
@@ -225,21 +228,17 @@ def build_app(doors: Doors, state: State, row: Callable[[Row], None], identity: 
 
 async def _on_ours(_: Request, error: Exception) -> Response:
     assert isinstance(error, MlcdnError)
-    headers = {}
-    if isinstance(error, Overloaded):
-        headers["retry-after"] = str(max(1, round(error.retry_after_s)))
-    elif error.status == 503:
-        headers["retry-after"] = "1"
-    # Where a part of ours stands is for the log, not for callers.
-    text = f"the {error.part} does not answer" if isinstance(error, Unreachable) else str(error)
-    if error.status >= 500:
-        log.warning("request_failed", status=error.status, cause=str(error))
-    return _json({"error": text}, error.status, headers)
+    status, headers, body = answers.error_answer(error)
+    if status >= 500:
+        log.warning("request_failed", status=status, cause=str(error))
+    return _whole(body, headers, status)
 
 
 async def _on_http(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _json({"error": error.detail}, error.status_code, dict(error.headers or {}))
+    body = answers.error_body(error.detail)
+    said = [(name.encode(), value.encode("latin-1")) for name, value in (error.headers or {}).items()]
+    return _whole(body, said + answers.body_headers(len(body)), error.status_code)
 
 
 async def _on_disconnect(_: Request, __: Exception) -> Response:
@@ -251,8 +250,16 @@ async def _on_bug(_: Request, __: Exception) -> Response:
     return _json({"error": "internal error"}, 500)
 
 
-def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(value), status, headers, _JSON)
+def _json(value: Any, status: int = 200, headers: answers.Headers | None = None) -> Response:
+    body = msgspec.json.encode(value)
+    return _whole(body, [*(headers or ()), *answers.body_headers(len(body))], status)
+
+
+def _whole(body: bytes, headers: answers.Headers, status: int = 200) -> Response:
+    """With these headers and no others."""
+    response = Response(body, status)
+    response.raw_headers = headers
+    return response
 
 
 def _row(spec: Any, features: msgspec.Raw, index: int) -> oip.Array:
@@ -282,28 +289,14 @@ def _note(noted: Note, answer: Answer) -> None:
     noted.tier, noted.key = answer.tier, answer.key
 
 
-def _model_headers(served: Served) -> dict[str, str]:
-    # A version may be any printable text; a header takes Latin-1.
-    version = served.wanted.version.encode("ascii", "backslashreplace").decode()
-    return {"mlcdn-model": f"{served.name};{version};{served.channel}", "mlcdn-digest": served.digest}
-
-
-def _headers(served: Served, answer: Answer) -> dict[str, str]:
-    return _model_headers(served) | {
-        "cache-status": cache_status(answer.trail),
-        "age": str(answer.age_s),
-        "mlcdn-position": answer.position,
-        "mlcdn-cache-key": answer.key.hex(),
-    }
-
-
-def _batch_headers(served: Served, answers: list[Answer], predictor: Predictor) -> dict[str, str]:
-    hits = sum(a.cached for a in answers)
-    whole = hits == len(answers)
-    forward = "partial" if hits else answers[0].trail[-1].forward
-    said = Consulted("edge", whole, forward, detail=f"{hits} of {len(answers)} rows")
-    return _model_headers(served) | {
-        "cache-status": str(said),
-        "age": str(max(a.age_s for a in answers)),
-        "mlcdn-position": answers[0].position,
-    }
+def _batch_headers(served: Served, found: list[Answer]) -> answers.Headers:
+    hits = sum(a.cached for a in found)
+    whole = hits == len(found)
+    forward = "partial" if hits else found[0].trail[-1].forward
+    said = Consulted("edge", whole, forward, detail=f"{hits} of {len(found)} rows")
+    return [
+        *answers.model_headers(served),
+        (b"cache-status", str(said).encode()),
+        (b"age", b"%d" % max(a.age_s for a in found)),
+        (b"mlcdn-position", found[0].position.encode()),
+    ]

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from inference import protocol as oip
 from inference.datatypes import TensorSpec
+from inference.oip_answers import binary_answer, infer_answer, infer_body, outputs_in
+from inference.packed import outputs_json, pack_outputs, prediction_of
 from schemas.errors import BadInput, BadTensor
 
 INFER = msgspec.json.Decoder(oip.InferRequest)
@@ -84,7 +86,7 @@ def test_fp16_and_fp32_are_rounded_as_ieee_says(value: float) -> None:
 def test_null_is_nan_and_1e999_is_infinity_in_and_out() -> None:
     array = request("[null, 1e999, -1e999, -0.0]", "FP32", "[4]")["x"]
     assert math.isnan(array[0]) and array[1:3].tolist() == [math.inf, -math.inf] and math.copysign(1, array[3]) == -1
-    out = oip.encode_outputs({"y": array}, [TensorSpec("y", "FP32", (-1,))])
+    out = outputs_json(pack_outputs({"y": array}, [TensorSpec("y", "FP32", (-1,))]))
     assert b'"data":[null,1e999,-1e999,-0.0]' in out
     assert json.loads(out, parse_constant=pytest.fail)[0]["data"][1] == math.inf
 
@@ -155,7 +157,7 @@ def test_a_tensor_given_twice_is_refused() -> None:
 def test_strings_are_kept_byte_for_byte() -> None:
     array = request('["a\\u0000b", "é", ""]', "BYTES", "[3]")["x"]
     assert array.tolist() == [b"a\x00b", "é".encode(), b""]
-    out = oip.encode_outputs({"y": array}, [TensorSpec("y", "BYTES", (-1,))])
+    out = outputs_json(pack_outputs({"y": array}, [TensorSpec("y", "BYTES", (-1,))]))
     assert json.loads(out)[0]["data"] == ["a\x00b", "é", ""]
 
 
@@ -186,26 +188,27 @@ def test_features_that_are_no_row_are_refused(features: str) -> None:
 def test_a_prediction_is_the_first_output_without_its_row() -> None:
     label, probabilities = np.array([7], np.int64), np.array([[0.25, math.inf]], np.float32)
     specs = [TensorSpec("label", "INT64", (-1,)), TensorSpec("probabilities", "FP32", (-1, 2))]
-    body = oip.encode_outputs({"label": label, "probabilities": probabilities}, specs)
-    assert oip.prediction_of(body) == (b"7", b'{"label":7,"probabilities":[0.25,1e999]}')
-    only = oip.encode_outputs({"probabilities": probabilities}, specs)
-    assert oip.prediction_of(only) == (b"[0.25,1e999]", None)
-    cube = oip.encode_outputs({"c": np.arange(8).reshape(1, 2, 2, 2)}, [TensorSpec("c", "INT64", (-1, 2, 2, 2))])
-    assert oip.prediction_of(cube) == (b"[[[0,1],[2,3]],[[4,5],[6,7]]]", None)
+    body = pack_outputs({"label": label, "probabilities": probabilities}, specs)
+    assert prediction_of(body) == (b"7", b'{"label":7,"probabilities":[0.25,1e999]}')
+    only = pack_outputs({"probabilities": probabilities}, specs)
+    assert prediction_of(only) == (b"[0.25,1e999]", None)
+    cube = pack_outputs({"c": np.arange(8).reshape(1, 2, 2, 2)}, [TensorSpec("c", "INT64", (-1, 2, 2, 2))])
+    assert prediction_of(cube) == (b"[[[0,1],[2,3]],[[4,5],[6,7]]]", None)
 
 
 def test_an_answer_echoes_the_id_and_splices_the_outputs() -> None:
-    answer = json.loads(oip.infer_answer("digits", "v1", "a-7", b"[]"))
+    answer = json.loads(infer_answer("digits", "v1", "a-7", b"[]"))
     assert answer == {"model_name": "digits", "model_version": "v1", "id": "a-7", "outputs": []}
-    assert "id" not in json.loads(oip.infer_answer("digits", "v1", None, b"[]"))
+    assert "id" not in json.loads(infer_answer("digits", "v1", None, b"[]"))
 
 
 @given(st.lists(st.floats(width=32), min_size=1, max_size=8))
 def test_what_goes_to_the_origin_comes_back_the_same(values: list[float]) -> None:
     spec = TensorSpec("x", "FP32", (-1,))
     array = np.array(values, np.float32)
-    body = oip.infer_body({"x": array}, [spec], None)
-    back = oip.tensors_of(oip.parse(body, INFER))["x"]
-    assert np.array_equal(back, array, equal_nan=True)
-    outputs = oip.encode_outputs({"x": array}, [spec])
-    assert oip.outputs_in(oip.infer_answer("m", "v", None, outputs)) == outputs
+    body, json_length = infer_body({"x": array}, [spec], None)
+    asked, binary = oip.parse_infer(body, str(json_length))
+    back = oip.tensors_of(asked, binary)["x"]
+    assert back.tobytes() == array.tobytes() and asked.meaning == {}
+    packed = pack_outputs({"x": array}, [spec])
+    assert outputs_in(*binary_answer("m", "v", None, packed, oip.binary_outputs(asked, [spec]))) == packed

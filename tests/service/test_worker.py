@@ -30,6 +30,7 @@ from edge_node.caching.memory_tier import MemoryTier
 from edge_node.serving.main import Worker
 from edge_node.serving.origin_client import OriginClient
 from inference.onnx_model import OnnxModel, RunFailed
+from inference.protocol import parse_infer, tensors_of
 from processes.ports import free_port, listen
 from schemas import codec
 from schemas.events import (
@@ -777,32 +778,41 @@ def test_a_model_at_the_origin_is_forwarded_cached_and_its_errors_translated(tmp
     async def scenario() -> None:
         node = Node(tmp_path, origin_url="http://origin")
         digest = node.release(V1, forwarded=True)
-        asked: list[dict[str, Any]] = []
+        asked: list[np.ndarray[Any, Any]] = []
         answers: list[tuple[int, dict[str, Any], str]] = []
+        scores = np.arange(8, dtype=np.float32).tobytes()
 
         def origin(request: httpx.Request) -> httpx.Response:
-            asked.append(json.loads(request.content))
+            infer, binary = parse_infer(request.content, request.headers["inference-header-content-length"])
+            asked.append(tensors_of(infer, binary)["features"])
             status, body, said = answers[0] if len(answers) == 1 else answers.pop(0)
-            return httpx.Response(status, json=body, headers={"mlcdn-digest": said})
+            head = json.dumps(body).encode()
+            headers = {"mlcdn-digest": said, "inference-header-content-length": str(len(head))}
+            return httpx.Response(status, content=head + (scores if status == 200 else b""), headers=headers)
 
         async with node.serving() as http:
             node.worker.predictor.forwarding.origin = OriginClient(
                 "http://origin", transport=httpx.MockTransport(origin)
             )
-            scores = {"name": "scores", "datatype": "FP32", "shape": [1, 8], "data": list(range(8))}
+            said_scores = {
+                "name": "scores",
+                "datatype": "FP32",
+                "shape": [1, 8],
+                "parameters": {"binary_data_size": 32},
+            }
             for status, body, said, wanted in [
                 (500, {}, digest, 503),
                 (429, {}, digest, 429),
                 (400, {"error": "no"}, digest, 400),
-                (200, {"outputs": [scores]}, "0" * 64, 503),
+                (200, {"outputs": [said_scores]}, "0" * 64, 503),
                 (200, {"outputs": 7}, digest, 503),
             ]:
                 answers[:] = [(status, body, said)]
                 assert (await http.post("/predict", json={"features": ROW})).status_code == wanted, (status, said)
-            answers[:] = [(200, {"outputs": [scores]}, digest)]
+            answers[:] = [(200, {"outputs": [said_scores]}, digest)]
             first = await http.post("/predict", json={"features": ROW})
             assert first.json()["prediction"] == list(range(8)) and first.json()["tier"] == "origin"
-            assert np.allclose(asked[-1]["inputs"][0]["data"], ROW) and asked[-1]["inputs"][0]["shape"] == [1, 32]
+            assert np.array_equal(asked[-1], np.array([ROW], np.float32))
             count = len(asked)
             assert (await http.post("/predict", json={"features": ROW})).json()["cached"] and len(asked) == count
 
