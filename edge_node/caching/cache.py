@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 
 from edge_node.caching.entry import Entry
 from edge_node.caching.memory_tier import MemoryTier
-from edge_node.caching.tiers import SharedTier, missed
+from edge_node.caching.tallies import missed
+from edge_node.caching.tiers import SharedTier
 from schemas.metrics import gauge
 
 Accept = Callable[[Entry], bool]

@@ -26,7 +26,7 @@ import structlog
 
 from edge_node.caching.disk_generations import DiskReport, Generations
 from edge_node.caching.entry import Entry, EntryRefused, pack, unpack
-from edge_node.caching.tiers import dropped, missed
+from edge_node.caching.tallies import dropped, missed
 from schemas.errors import MlcdnError
 from schemas.metrics import gauge
 

@@ -25,7 +25,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ResponseError
 
 from edge_node.caching.entry import FORMAT, Entry, EntryRefused, pack, unpack
-from edge_node.caching.tiers import dropped, missed
+from edge_node.caching.tallies import dropped, missed
 from schemas.errors import SettingsInvalid
 from schemas.metrics import gauge
 

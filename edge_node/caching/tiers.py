@@ -1,4 +1,4 @@
-"""What a tier outside this process is to the cache: one port, for Redis and disk, and the counters both share.
+"""What a tier outside this process is to the cache: one port, for Redis and disk.
 
 Laws: no method raises, whatever the store does or holds: anything wrong is a counted miss or a counted drop. `offer`
 returns at once, and the write comes later or not at all. A write never replaces an entry of a higher `as_of`.
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from edge_node.caching.entry import Entry
-from schemas.metrics import counter
 
 
 class SharedTier(Protocol):
@@ -31,11 +30,3 @@ class SharedTier(Protocol):
         """Returns when everything offered before was written or dropped."""
 
     async def close(self) -> None: ...
-
-
-def missed(tier: str, reason: str, times: int = 1) -> None:
-    counter("mlcdn_cache_misses_total").labels(tier, reason).inc(times)
-
-
-def dropped(tier: str, reason: str, times: int = 1) -> None:
-    counter("mlcdn_cache_writes_dropped_total").labels(tier, reason).inc(times)

@@ -19,13 +19,13 @@ from typing import Final
 import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from edge_node.serving.reporter import Row
+from edge_node.serving.rows import Rows
 from schemas.events import ModelRef
 
 MAX_HEADERS: Final = 100
 MAX_HEADER_BYTES: Final = 32 * 1024
 MAX_PATH_BYTES: Final = 1_024
-_HOST: Final = re.compile(rb"(?:[A-Za-z0-9._~-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
+HOST: Final = re.compile(rb"(?:[A-Za-z0-9._~-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
 # Empty and dot segments; encoded dot, slash, backslash, NUL and percent; anything that is not printable ASCII.
 _UNSAFE: Final = re.compile(rb"//|/\.\.?(?:/|$)|%(?:2[efEF]|5[cC]|00|25)|[^!-~]")
 _NOTE: Final = "mlcdn.note"
@@ -52,11 +52,11 @@ class Gate:
         self,
         app: ASGIApp,
         *,
-        row: Callable[[Row], None],
+        rows: Rows,
         draining: Callable[[], bool],
         headers: tuple[tuple[bytes, bytes], ...],
     ) -> None:
-        self._app, self._row, self._draining, self._headers = app, row, draining, headers
+        self._app, self._rows, self._draining, self._headers = app, rows, draining, headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -86,18 +86,8 @@ class Gate:
             made: Note | None = scope.get(_NOTE)
             if made is not None:
                 latency = time.perf_counter_ns() - started
-                self._row(
-                    Row(
-                        started_ns=started,
-                        latency_ns=latency,
-                        tier=made.tier,
-                        status=status,
-                        model=made.model,
-                        request_bytes=made.request_bytes,
-                        response_bytes=sent,
-                        key=made.key,
-                    )
-                )
+                cells = self._rows.cells(made.tier, status, made.model, made.request_bytes, sent, made.key)
+                self._rows.extend((started, latency, cells))
 
 
 def _refusal(scope: Scope) -> tuple[int, str] | None:
@@ -105,7 +95,7 @@ def _refusal(scope: Scope) -> tuple[int, str] | None:
     if len(headers) > MAX_HEADERS or sum(len(k) + len(v) for k, v in headers) > MAX_HEADER_BYTES:
         return 431, f"more than {MAX_HEADERS} headers, or {MAX_HEADER_BYTES} bytes of them"
     hosts = [value for name, value in headers if name == b"host"]
-    if len(hosts) != 1 or not _HOST.fullmatch(hosts[0]):
+    if len(hosts) != 1 or not HOST.fullmatch(hosts[0]):
         return 400, "a request has exactly one valid Host header"
     path = (scope.get("raw_path") or scope["path"].encode()).partition(b"?")[0]
     if len(path) > MAX_PATH_BYTES:

@@ -30,7 +30,7 @@ import numpy as np
 from edge_node.caching.cache import Cache
 from edge_node.caching.keys import prediction_key
 from edge_node.caching.lookup import Verdict
-from edge_node.caching.tiers import missed
+from edge_node.caching.tallies import missed
 from edge_node.serving.batches import Job
 from edge_node.serving.board_view import BoardView
 from edge_node.serving.controls import Consulted, Controls

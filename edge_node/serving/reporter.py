@@ -1,7 +1,7 @@
 """What a worker says of itself: request rows in columns, beats, swaps; and the same rows as Prometheus metrics.
 
 Laws:
-- Reporting never delays an answer: a row is appended to a list, everything else happens between flushes, and the log is
+- Reporting never delays an answer: a row goes to a list, everything else happens between flushes, and the log is
   only offered to. While it is away memory stays bounded and every row that is lost is counted, once.
 - A row that could not be offered counts as dropped in the next batch that can, so the sums over a log are exact.
 - A beat is of the interval since the beat before.
@@ -13,22 +13,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable
+from typing import Any, Final
 
 import msgspec
 import numpy as np
 import structlog
+from prometheus_client import Histogram
 
+from edge_node.caching import tallies
+from edge_node.serving.rows import Column, Rows, Taken
 from schemas.errors import MlcdnError
-from schemas.events import NO_MODEL, TIERS, Event, Location, ModelRef, NodeBeat, NodeLeft, RequestBatch, ServedModel
-from schemas.events.traffic import COLUMNS, MAX_ROWS
+from schemas.events import NO_MODEL, TIERS, Event, Location, NodeBeat, NodeLeft, RequestBatch, ServedModel
+from schemas.events.traffic import MAX_ROWS
 from schemas.metrics import counter, gauge, histogram
 from streams.log.writer import Writer
 
 MAX_BUFFERED_ROWS: Final = 5 * MAX_ROWS
-_U32: Final = 2**32 - 1
-_TIER_INDEX: Final = {tier: index for index, tier in enumerate(TIERS)}
 
 log = structlog.get_logger()
 
@@ -48,19 +49,6 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
         return {"node": self.node, "region": self.region, "worker": self.worker, "incarnation": self.incarnation()}
 
 
-class Row(NamedTuple):
-    """One answered request; `started_ns` is of perf_counter_ns. `key` is the cache key, empty for none."""
-
-    started_ns: int
-    latency_ns: int
-    tier: str
-    status: int
-    model: ModelRef | None
-    request_bytes: int
-    response_bytes: int
-    key: bytes
-
-
 class Standing(msgspec.Struct, frozen=True, kw_only=True):
     """What a beat says that is not counted here."""
 
@@ -78,7 +66,7 @@ class Reporter:
     def __init__(self, identity: Identity, writer: Writer, standing: Callable[[], Standing]) -> None:
         self.identity, self._writer, self._standing = identity, writer, standing
         self.rows_dropped = 0
-        self._rows: list[Row] = []
+        self.rows = Rows()
         self._dropped_unreported = 0
         self._beat = 0
         self._acknowledging: asyncio.Task[None] | None = None
@@ -90,21 +78,18 @@ class Reporter:
         self._hits = dict.fromkeys(TIERS, 0)
         self._errors = 0
 
-    def row(self, row: Row) -> None:
-        if len(self._rows) >= MAX_BUFFERED_ROWS:
-            self._drop(1)
-            return
-        self._rows.append(row)
-
     def say(self, event: Event, *, causation_id: str | None = None) -> None:
         if not self._writer.offer(event, causation_id=causation_id):
             counter("mlcdn_events_dropped_total").labels(event.kind).inc()
 
     def flush(self) -> None:
         """Everything since the last flush, in batches that the topic takes."""
-        rows, self._rows = self._rows, []
-        for start in range(0, len(rows), MAX_ROWS):
-            self._flush(rows[start : start + MAX_ROWS])
+        tallies.publish()
+        over = len(self.rows) - MAX_BUFFERED_ROWS
+        if over > 0:
+            self._drop(self.rows.discard(over))
+        while (taken := self.rows.take(MAX_ROWS)) is not None:
+            self._flush(taken)
 
     def beat(self) -> None:
         self.flush()
@@ -187,47 +172,43 @@ class Reporter:
                 log.exception("report_failed")
             await asyncio.sleep(min(flush_s, beat_s))
 
-    def _flush(self, rows: list[Row]) -> None:
-        started = min(row.started_ns for row in rows)
-        columns, models = _columns(rows, started)
-        self._count(rows, columns["latency_us"])
-        named: dict[str, Any] = {name: column.tobytes() for name, column in columns.items()}
+    def _flush(self, taken: Taken) -> None:
+        self._count(taken)
+        named: dict[str, Any] = {name: column.tobytes() for name, column in taken.columns.items()}
         batch = RequestBatch(
             **self.identity.fleet(),
-            started_at_ms=(started + time.time_ns() - time.perf_counter_ns()) // 1_000_000,
-            rows=len(rows),
-            models=models,
+            started_at_ms=(taken.started_ns + time.time_ns() - time.perf_counter_ns()) // 1_000_000,
+            rows=taken.rows,
+            models=taken.models,
             dropped=self._dropped_unreported,
             **named,
         )
         if self._writer.offer(batch):
             self._dropped_unreported = 0
         else:
-            self._drop(len(rows))
+            self._drop(taken.rows)
 
     def _drop(self, rows: int) -> None:
         self.rows_dropped += rows
         self._dropped_unreported += rows
         counter("mlcdn_rows_dropped_total").inc(rows)
 
-    def _count(self, rows: list[Row], latency_us: np.ndarray[Any, Any]) -> None:
-        region = self.identity.region
-        statuses: dict[int, int] = {}
-        models: dict[tuple[str, str, int], int] = {}
+    def _count(self, taken: Taken) -> None:
+        region, columns = self.identity.region, taken.columns
+        status, tier, latency_us = columns["status"], columns["tier"], columns["latency_us"]
+        for value, n in zip(*np.unique(status, return_counts=True), strict=True):
+            counter("cdn_requests_total").labels(region, str(value)).inc(int(n))
+        pairs = np.stack((columns["model"], status)).astype(np.uint32)
+        for (model, value), n in zip(*_unique_pairs(pairs), strict=True):
+            if model != NO_MODEL:
+                ref = taken.models[model]
+                counter("mlcdn_model_requests_total").labels(ref.name, ref.version, str(value)).inc(int(n))
         latency = histogram("cdn_request_latency_seconds")
-        observers = {tier: latency.labels(region, tier) for tier in {r.tier for r in rows}}
-        for row in rows:
-            statuses[row.status] = statuses.get(row.status, 0) + 1
-            if row.model is not None:
-                key = (row.model.name, row.model.version, row.status)
-                models[key] = models.get(key, 0) + 1
-            observers[row.tier].observe(row.latency_ns / 1e9)
-            self._hits[row.tier] += 1
-        for status, n in statuses.items():
-            counter("cdn_requests_total").labels(region, str(status)).inc(n)
-        for (model, version, status), n in models.items():
-            counter("mlcdn_model_requests_total").labels(model, version, str(status)).inc(n)
-        self._errors += sum(n for status, n in statuses.items() if status >= 500)
+        for index in np.unique(tier):
+            here = latency_us[tier == index]
+            observe_many(latency.labels(region, TIERS[index]), here / 1e6)
+            self._hits[TIERS[index]] += len(here)
+        self._errors += int(np.count_nonzero(status >= 500))
         self._latencies.append(latency_us)
 
     def _show_hit_rates(self) -> None:
@@ -237,21 +218,20 @@ class Reporter:
             gauge("cdn_cache_hit_rate").labels(self.identity.region, tier).set(rate)
 
 
-def _columns(rows: list[Row], started: int) -> tuple[Mapping[str, np.ndarray[Any, Any]], tuple[ModelRef, ...]]:
-    """Little-endian columns as `RequestBatch` has them; a value that its width cannot hold becomes the largest."""
-    models: dict[ModelRef, int] = {}
-    values: dict[str, list[int]] = {
-        "start_offset_us": [(r.started_ns - started) // 1_000 for r in rows],
-        "latency_us": [r.latency_ns // 1_000 for r in rows],
-        "tier": [_TIER_INDEX[r.tier] for r in rows],
-        "status": [r.status for r in rows],
-        "model": [NO_MODEL if r.model is None else models.setdefault(r.model, len(models)) for r in rows],
-        "request_bytes": [r.request_bytes for r in rows],
-        "response_bytes": [r.response_bytes for r in rows],
-        "key_hash": [int.from_bytes(r.key[:8], "little") for r in rows],
-    }
-    columns = {
-        name: np.minimum(np.array(values[name], np.uint64), np.uint64(256**width - 1)).astype(f"<u{width}")
-        for name, width in COLUMNS.items()
-    }
-    return columns, tuple(models)
+def _unique_pairs(pairs: Column) -> tuple[list[tuple[int, int]], list[int]]:
+    """Each different column of two rows, and how often it is there."""
+    joined, counts = np.unique(pairs[0].astype(np.uint64) << 32 | pairs[1], return_counts=True)
+    return [(int(j >> 32), int(j & 0xFFFFFFFF)) for j in joined], counts.tolist()
+
+
+def observe_many(child: Histogram, values: Column) -> None:
+    """As `observe` of every value, at 15 ns each instead of 1,500.
+
+    The library has no call for it, so this writes where `observe` does; a test holds the two against each other.
+    """
+    bounds = child._upper_bounds
+    counts = np.bincount(np.searchsorted(bounds, values, side="left"), minlength=len(bounds))
+    child._sum.inc(float(values.sum()))
+    for bucket, count in zip(child._buckets, counts.tolist(), strict=True):
+        if count:
+            bucket.inc(count)

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from redis.asyncio import Redis
 
+from edge_node.caching import tallies
 from edge_node.caching.entry import FORMAT, Entry, pack
 from edge_node.caching.redis_tier import MAX_KEYS, MAX_VALUE_BYTES, RedisTier
 from processes.ports import LOOPBACK, free_port
@@ -65,6 +66,7 @@ async def took(work: Awaitable[Entry | None]) -> tuple[float, Entry | None]:
 
 
 def misses(reason: str) -> float:
+    tallies.publish()
     return float(counter("mlcdn_cache_misses_total").labels("redis", reason)._value.get())
 
 
