@@ -16,10 +16,12 @@ from origin.hosting import Hosting
 from origin.invalidate import Invalidator
 from origin.publish import Publisher
 from processes import logs
-from processes.http_server import serve_until
+from processes.http_connection import GuardedProtocol
+from processes.http_limits import limits_of
+from processes.http_server import Server, serve_until
 from processes.ports import PortBusy, listen
 from processes.signals import stop_on_signals
-from schemas import settings
+from schemas import metrics, settings
 from schemas.errors import SettingsInvalid
 from schemas.settings import Settings
 from schemas.topics import RELEASES
@@ -33,14 +35,18 @@ from streams.log.writer import Writer
 log = structlog.get_logger(__name__)
 
 
-def _server(app: Starlette, given: Settings) -> uvicorn.Config:
-    return uvicorn.Config(
+def _server(app: Starlette, given: Settings) -> Server:
+    config = uvicorn.Config(
         app,
+        http=GuardedProtocol,
+        ws="none",
         access_log=False,
         log_config=None,
         server_header=False,
-        timeout_graceful_shutdown=int(given.drain_s),
+        timeout_graceful_shutdown=int(max(1, given.drain_s)),
     )
+    cut = metrics.counter("mlcdn_connections_cut_total")
+    return Server(config, limits_of(given), lambda reason: cut.labels(reason).inc())
 
 
 def _admin(

@@ -1,29 +1,89 @@
-"""uvicorn under our own signal handling: served until told to stop, then drained."""
+"""uvicorn under our own signal handling: served until told to stop, then drained, its connections swept all the while.
+
+    drain     every answer closes its connection from here on
+    shutdown  nothing more is accepted; what is in flight is finished, within the config's graceful time
+
+Law: one sweep a second for all connections, in slices that do not hold up a request.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import logging
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, cast
 
 import uvicorn
 
+from processes.http_connection import GuardedProtocol
+from processes.http_limits import Limits, Reason, Shared
+
+log = logging.getLogger(__name__)
+
+SWEEP_S: Final = 1.0
+DRAIN_SWEEP_S: Final = 0.1
+_SLICE: Final = 256
+
 
 class Server(uvicorn.Server):
-    """Leaves signals alone: `processes.signals` has them, since more than HTTP must end on SIGTERM."""
+    """Leaves signals alone: `processes.signals` has them, since more than HTTP must end on SIGTERM.
+
+    Its config says `http=GuardedProtocol`, or a subclass.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, limits: Limits | None = None, on_cut: Callable[[Reason], None] = lambda _: None
+    ) -> None:
+        super().__init__(config)
+        self.shared = Shared(limits or Limits(), on_cut)
+        self.server_state = self.shared
+        self._sweeping: asyncio.Task[None] | None = None
+
+    def drain(self) -> None:
+        if self.shared.drains_since is None:
+            self.shared.drains_since = asyncio.get_running_loop().time()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._sweeping = asyncio.create_task(self._sweep(), name="connections:sweep")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.drain()
+        try:
+            await super().shutdown(sockets)
+        finally:
+            if self._sweeping is not None:
+                self._sweeping.cancel()
+
+    async def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(SWEEP_S if self.shared.drains_since is None else DRAIN_SWEEP_S)
+            swept = iter([*cast("set[GuardedProtocol]", self.shared.connections), *self.shared.lingering])
+            while part := list(itertools.islice(swept, _SLICE)):
+                now = loop.time()
+                for connection in part:
+                    try:
+                        connection.tend(now)
+                    except Exception:
+                        # One connection's bug must not leave the others unswept.
+                        log.exception("connection_not_tended")
+                        connection.transport.abort()
+                await asyncio.sleep(0)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
-async def serve_until(config: uvicorn.Config, sockets: Sequence[socket.socket], stop: asyncio.Event) -> None:
+async def serve_until(server: Server, sockets: Sequence[socket.socket], stop: asyncio.Event) -> None:
     """Serves until `stop`, then finishes what is in flight within the config's graceful time.
 
     Ends early, with the server's own error, if it cannot start.
     """
-    server = Server(config)
     serving = asyncio.create_task(server.serve(list(sockets)))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)

@@ -11,8 +11,6 @@ import asyncio
 import logging
 import random
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import httpx
 import structlog
@@ -20,6 +18,9 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from processes import logs
+from processes.http_connection import GuardedProtocol
+from processes.http_limits import Limits, limits_of
+from processes.http_server import Server, serve_until
 from processes.ports import listen
 from processes.signals import stop_on_signals
 from router.choose import ChoicePolicy
@@ -27,20 +28,13 @@ from router.geo import Locations, Place, parse_locations
 from router.http import Doors, build
 from router.probe import AT_ONCE, TIMEOUT_S, Prober
 from router.table import Table, follow
+from schemas import metrics
 from schemas.errors import SettingsInvalid
 from schemas.settings import Settings, load
 from streams.log.reader import KafkaReader
 from streams.log.record import LogReader
 
 log = structlog.get_logger(__name__)
-
-
-class _Server(uvicorn.Server):
-    """Leaves the signals to the process, which has more to stop than a server."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 def locations_of(settings: Settings) -> Locations:
@@ -53,23 +47,22 @@ def locations_of(settings: Settings) -> Locations:
         raise SettingsInvalid(f"location file {settings.router_locations}: {error}") from None
 
 
-async def serve(app: ASGIApp, listener: socket.socket, drain_s: float, stop: asyncio.Event) -> None:
+async def serve(
+    app: ASGIApp, listener: socket.socket, drain_s: float, stop: asyncio.Event, limits: Limits | None = None
+) -> None:
     """Until `stop`, and then until what is in flight is answered."""
     config = uvicorn.Config(
         app,
+        http=GuardedProtocol,
+        ws="none",
         log_config=None,
         access_log=False,
         lifespan="off",
         server_header=False,
         timeout_graceful_shutdown=max(1, int(drain_s)),
     )
-    server = _Server(config)
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    stopped = asyncio.create_task(stop.wait())
-    await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
-    stopped.cancel()
-    server.should_exit = True
-    await serving
+    cut = metrics.counter("mlcdn_connections_cut_total")
+    await serve_until(Server(config, limits, lambda reason: cut.labels(reason).inc()), [listener], stop)
 
 
 async def run(settings: Settings, reader: LogReader, stop: asyncio.Event) -> None:
@@ -86,7 +79,7 @@ async def run(settings: Settings, reader: LogReader, stop: asyncio.Event) -> Non
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(follow(reader, table, stop), name="follow")
             tasks.create_task(prober.run(settings.probe_s, stop), name="probe")
-            await serve(build(doors), listener, settings.drain_s, stop)
+            await serve(build(doors), listener, settings.drain_s, stop, limits_of(settings))
             # The server also ends by itself, on an error of its own: the others must not outlive it.
             stop.set()
 

@@ -64,6 +64,11 @@ class Settings(BaseSettings):
 
     default_model: str = Field("", description="Model of /predict when the request names none and several are served.")
     max_body_bytes: int = Field(8 * 2**20, ge=1_024, description="Largest request body.")
+    header_timeout_s: float = Field(10.0, gt=0, le=600, description="Seconds for a request's head to arrive.")
+    body_timeout_s: float = Field(30.0, gt=0, le=3600, description="Seconds for a request's body to arrive.")
+    write_timeout_s: float = Field(10.0, gt=0, le=600, description="Seconds for a client to take its answer.")
+    keep_alive_s: float = Field(75.0, gt=0, le=3600, description="Seconds that an idle connection stays open.")
+    max_connections: int = Field(10_000, ge=1, description="Connections of one worker; 503 above.")
     max_batch_rows: int = Field(4_096, ge=1, description="Most rows of one request.")
     run_threads: int = Field(2, ge=1, le=256, description="Threads that run models in a worker.")
     intra_op_threads: int = Field(1, ge=1, le=256, description="onnxruntime threads inside one operator.")

@@ -38,9 +38,12 @@ from edge_node.serving.routes import Doors, Limits, build_app
 from edge_node.serving.swaps import Swaps
 from inference.onnx_model import SessionSettings
 from processes import logs
+from processes.http_connection import GuardedProtocol
+from processes.http_limits import limits_of
 from processes.http_server import Server
 from processes.ports import listen
 from processes.signals import stop_on_signals
+from schemas import metrics
 from schemas import settings as catalogue
 from schemas.events import Location
 from schemas.settings import Settings
@@ -94,7 +97,7 @@ class Worker:
             self.identity,
             Limits(settings.max_body_bytes, settings.max_batch_rows),
         )
-        self.app = build_app(doors, self.health, self.reporter.row, self.identity)
+        self.app = build_app(doors, self.health, self.reporter.rows, self.identity)
         self._followed: object = None
 
     def look(self) -> None:
@@ -158,18 +161,20 @@ async def serve(settings: Settings) -> None:
         KafkaAppender(settings.kafka, client_id=f"{settings.node}-worker", timeout_s=DELIVERY_TIMEOUT_S),
     )
     await _settle(worker)
+    cut = metrics.counter("mlcdn_connections_cut_total")
     server = Server(
         uvicorn.Config(
             worker.app,
-            http="httptools",
+            http=GuardedProtocol,
             ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_keep_alive=75,
             timeout_graceful_shutdown=int(max(1, settings.drain_s)),
-        )
+        ),
+        limits_of(settings),
+        lambda reason: cut.labels(reason).inc(),
     )
     # A full collection over what a start leaves behind took 13 ms.
     gc.collect()
@@ -180,6 +185,7 @@ async def serve(settings: Settings) -> None:
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait({serving, beside, stopped}, return_when=asyncio.FIRST_COMPLETED)
         worker.drain()
+        server.drain()
         await asyncio.sleep(DRAIN_NOTICE_S)
         server.should_exit = True
         await serving
