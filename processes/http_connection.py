@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import httptools
 from uvicorn.config import Config
@@ -36,6 +36,16 @@ log = logging.getLogger(__name__)
 
 # A client that takes less than this in `write_timeout_s` does not read.
 _TAKEN_BYTES: Final = 64 * 1024
+
+
+class _Out:
+    """What uvicorn's request cycle sees of the transport: `close` waits for the client, and a cut one swallows writes."""
+
+    __slots__ = ("close", "is_closing", "write")
+
+    def __init__(self, connection: GuardedProtocol) -> None:
+        self.is_closing = connection.transport.is_closing
+        self.write, self.close = connection.write, connection.end
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -142,6 +152,7 @@ class GuardedProtocol(HttpToolsProtocol):
             raise refused
         super().on_headers_complete()
         self._in_body, self._since, self._held = True, self.last_active, 0
+        self.cycle.transport = cast("asyncio.Transport", _Out(self))
         self._upgrades = self.parser.should_upgrade() and any(
             name == b"transfer-encoding" or (name == b"content-length" and int(value)) for name, value in self.headers
         )
@@ -166,7 +177,7 @@ class GuardedProtocol(HttpToolsProtocol):
         # As uvicorn's, but for its timer.
         self.server_state.total_requests += 1
         self.last_active = self.loop.time()
-        if self.transport.is_closing():
+        if self.left_at is not None or self.transport.is_closing():
             return
         self.flow.resume_reading()
         if self.pipeline:
@@ -189,6 +200,18 @@ class GuardedProtocol(HttpToolsProtocol):
             self.cycle.disconnected = True
             self.cycle.message_event.set()
             self._leave(answer_of(refused))
+
+    def write(self, data: bytes) -> None:
+        # uvloop's transport raises once it was aborted, some time before the protocol is told.
+        if not self.transport.is_closing():
+            self.transport.write(data)
+
+    def end(self) -> None:
+        """Closes behind an answer, when the client can have read it."""
+        if self.mid_message:
+            self._leave(b"")
+        else:
+            self.transport.close()
 
     def _leave(self, last: bytes) -> None:
         """Writes what there is to say, and waits a moment for the client to read it and go."""

@@ -125,6 +125,8 @@ def refusal(
         return Refused(431, f"a request head has at most {limits.max_head_bytes} bytes", "head_large")
     if method in _NO_METHODS:
         return Refused(405, f"{method.decode()} is not served", "malformed")
+    if version not in ("1.0", "1.1"):
+        return Refused(505, f"HTTP/{version} is not served", "malformed")
     lengths = [value for name, value in headers if name == b"content-length"]
     codings = [value for name, value in headers if name == b"transfer-encoding"]
     if lengths and codings:
@@ -136,6 +138,11 @@ def refusal(
             return Refused(400, "Transfer-Encoding belongs to HTTP/1.1", "ambiguous")
         if [value.lower() for value in codings] != [b"chunked"]:
             return Refused(501, "the only transfer coding served is chunked", "ambiguous")
-    if version == "1.1" and sum(name == b"host" for name, _ in headers) != 1:
+    hosts = [value for name, value in headers if name == b"host"]
+    if version == "1.1" and len(hosts) != 1:
         return Refused(400, "a request has exactly one valid Host header", "ambiguous")
+    if not url.startswith(b"/") and url != b"*":
+        scheme, _, rest = url.partition(b"://")
+        if scheme.lower() not in (b"http", b"https") or hosts != [rest.partition(b"/")[0]]:
+            return Refused(400, "a whole URL as the target names the host that the Host header names", "ambiguous")
     return None
