@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import platform
 import sys
 import tempfile
 from pathlib import Path
 
 from bench import audit, edge, purge, release, restart, swap
+from bench.servers import PEERS
 from mlcdn.demo.command import Mlcdn
 
 BENCHES = {
@@ -20,20 +23,33 @@ BENCHES = {
 }
 
 
-def main(names: list[str]) -> int:
-    unknown = [n for n in names if n not in BENCHES]
-    if unknown:
-        print(f"no bench {unknown[0]!r}; there are {', '.join(BENCHES)}", file=sys.stderr)
-        return 2
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHES)}; all when none is named")
+    parser.add_argument(
+        "--peers", default="nginx,mosec", help=f"edge: which of {','.join(PEERS)} (default %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="edge: rounds (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=3, help="edge: seconds a reading (default %(default)s)")
+    given = parser.parse_args(arguments)
+    peers = tuple(name for name in given.peers.split(",") if name)
+    for kind, asked, known in (("bench", given.names, BENCHES), ("peer", peers, PEERS)):
+        for name in asked:
+            if name not in known:
+                parser.error(f"no {kind} {name!r}; there are {', '.join(known)}")
+    if given.rounds < 1 or given.seconds < 1:
+        parser.error("at least one round of one second")
+    options = edge.Options(peers, given.rounds, given.seconds)
+    benches = BENCHES | {"edge": functools.partial(edge.run, options=options)}
     print(f"{platform.platform()}, {platform.processor() or platform.machine()}, Python {platform.python_version()}")
     code = 0
     with tempfile.TemporaryDirectory(prefix="mlcdn-bench-") as work:
         mlcdn = Mlcdn(Path(work) / "net")
         mlcdn("up", "--detach", timeout_s=240)
         try:
-            for name in names or list(BENCHES):
+            for name in given.names or list(BENCHES):
                 print(f"\n== {name}")
-                code |= BENCHES[name](mlcdn, Path(work))
+                code |= benches[name](mlcdn, Path(work))
         finally:
             mlcdn("down", "--wipe")
     return code
