@@ -26,7 +26,8 @@ class WorkerProcess:
     """Serves the model `digits`. Settings are given by name."""
 
     def __init__(self, directory: Path, *, before: str = "", **settings: object) -> None:
-        Node(directory).release(models.mlp_bytes(1))
+        self.node = Node(directory)
+        self.node.release(models.mlp_bytes(1))
         self.directory, self._before = directory, before
         self._listener = listen(LOOPBACK, 0)
         self._listener.setblocking(True)
