@@ -33,6 +33,7 @@ from processes import logs
 from processes.ports import PortBusy, listen
 from processes.signals import stop_on_signals
 from processes.supervisor import Child, Supervisor
+from processes.tls import CertificateRefused, certificate_of
 from schemas import settings as catalogue
 from schemas.errors import Conflict, SettingsInvalid
 from schemas.settings import Settings
@@ -48,6 +49,7 @@ log = structlog.get_logger()
 
 
 async def serve(settings: Settings) -> None:
+    scheme = "https" if certificate_of(settings.tls_cert, settings.tls_key) else "http"
     directory = settings.dir.resolve()
     directory.mkdir(parents=True, exist_ok=True)
     release = RealDisk().lock(directory / "node.lock")  # 1
@@ -55,7 +57,7 @@ async def serve(settings: Settings) -> None:
     host, port = listener.getsockname()[:2]
     fence = Fence.open(directory / "board" / "fence", writable=True)
     fence.raise_to(INCARNATION, fence[INCARNATION] + 1)  # 3
-    log.info("node_starts", node=settings.node, url=f"http://{host}:{port}", incarnation=fence[INCARNATION])
+    log.info("node_starts", node=settings.node, url=f"{scheme}://{host}:{port}", incarnation=fence[INCARNATION])
     fence.close()
     await end_old_agent(directory)  # 4
     metrics = _clean_metrics(directory / "metrics")
@@ -174,7 +176,7 @@ def main() -> int:
         settings = catalogue.load()
         logs.configure(settings.log_level)
         asyncio.run(serve(settings))
-    except (Conflict, SettingsInvalid, PortBusy) as error:
+    except (Conflict, SettingsInvalid, PortBusy, CertificateRefused) as error:
         sys.stderr.write(f"edge: {error}\n")
         return 2
     return 0

@@ -20,6 +20,7 @@ import uvicorn
 
 from processes.http_connection import GuardedProtocol
 from processes.http_limits import Limits, Reason, Shared
+from processes.tls import Certificate
 
 log = logging.getLogger(__name__)
 
@@ -35,28 +36,56 @@ class Server(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, limits: Limits | None = None, on_cut: Callable[[Reason], None] = lambda _: None
+        self,
+        config: uvicorn.Config,
+        limits: Limits | None = None,
+        on_cut: Callable[[Reason], None] = lambda _: None,
+        certificate: Certificate | None = None,
     ) -> None:
         super().__init__(config)
+        self._certificate = certificate
         self.shared = Shared(limits or Limits(), on_cut)
         self.server_state = self.shared
-        self._sweeping: asyncio.Task[None] | None = None
+        self._beside: list[asyncio.Task[None]] = []
 
     def drain(self) -> None:
         if self.shared.drains_since is None:
             self.shared.drains_since = asyncio.get_running_loop().time()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._sweeping = asyncio.create_task(self._sweep(), name="connections:sweep")
+        """As uvicorn's, for sockets that listen already, with a bound on a handshake, which it leaves at a minute."""
+        if self._certificate is None:
+            await super().startup(sockets)
+        else:
+            await self.lifespan.startup()
+            loop, limits = asyncio.get_running_loop(), self.shared.limits
+            self.servers = [
+                await loop.create_server(
+                    self._protocol,
+                    sock=listening,
+                    backlog=self.config.backlog,
+                    ssl=self._certificate.context,
+                    ssl_handshake_timeout=limits.head_timeout_s,
+                    ssl_shutdown_timeout=limits.linger_s,
+                )
+                for listening in sockets or ()
+            ]
+            self.started = True
+            self._beside.append(asyncio.create_task(self._certificate.watch(), name="certificate:watch"))
+        self._beside.append(asyncio.create_task(self._sweep(), name="connections:sweep"))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.drain()
         try:
             await super().shutdown(sockets)
         finally:
-            if self._sweeping is not None:
-                self._sweeping.cancel()
+            for task in self._beside:
+                task.cancel()
+            await asyncio.gather(*self._beside, return_exceptions=True)
+
+    def _protocol(self) -> asyncio.Protocol:
+        make = cast("Callable[..., asyncio.Protocol]", self.config.http_protocol_class)
+        return make(config=self.config, server_state=self.shared, app_state=self.lifespan.state)
 
     async def _sweep(self) -> None:
         loop = asyncio.get_running_loop()

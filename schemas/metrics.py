@@ -53,6 +53,7 @@ CATALOGUE: Final[dict[str, Metric]] = {
     "mlcdn_follower_rebuilds_total": Metric("counter", "Times a stalled or failed follower was rebuilt.", ("group",)),
     "mlcdn_control_plane_age_seconds": Metric("gauge", "Time since the agent's last heartbeat.", (), "livemax"),
     "mlcdn_connections_cut_total": Metric("counter", "Connections refused or cut, by reason.", ("reason",)),
+    "mlcdn_tls_reloads_total": Metric("counter", "Certificates read again, by outcome.", ("outcome",)),
     "mlcdn_router_answers_total": Metric("counter", "Answers of the router: ranked, redirected, none.", ("answer",)),
     "mlcdn_router_panics_total": Metric("counter", "Answers given while fewer than half of the nodes were well.", ()),
     "mlcdn_router_table_age_seconds": Metric("gauge", "Age of the routing table; -1 for none.", (), "livemostrecent"),

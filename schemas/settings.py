@@ -51,6 +51,8 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address that HTTP listens on.")
     port: int = Field(0, ge=0, le=65535, description="Port that HTTP listens on; 0 lets the system choose.")
     url: str = Field("", description="URL that clients reach this process by; empty: host and port.")
+    tls_cert: Path | None = Field(None, description="File of the certificate chain that an edge shows; empty: HTTP.")
+    tls_key: Path | None = Field(None, description="File of its private key. Both are read again when they change.")
     workers: int = Field(1, ge=1, le=256, description="Workers of an edge node.")
     capacity: float = Field(0.0, ge=0, description="Requests a second the node is built for; 0 when unknown.")
     beat_s: float = Field(1.0, gt=0, le=60, description="Seconds between a worker's beats.")

@@ -46,6 +46,7 @@ from processes.signals import stop_on_signals
 from schemas import metrics
 from schemas import settings as catalogue
 from schemas.events import Location
+from processes.tls import certificate_of
 from schemas.settings import Settings
 from streams.log.producer import KafkaAppender
 from streams.log.record import Appender
@@ -155,7 +156,7 @@ async def serve(settings: Settings) -> None:
     worker = Worker(
         settings,
         number,
-        settings.url or f"http://{host}:{port}",
+        settings.url or f"{'https' if certificate else 'http'}://{host}:{port}",
         BoardReader(settings.dir),
         open_cache(settings, number),
         KafkaAppender(settings.kafka, client_id=f"{settings.node}-worker", timeout_s=DELIVERY_TIMEOUT_S),
@@ -167,6 +168,8 @@ async def serve(settings: Settings) -> None:
             worker.app,
             http=GuardedProtocol,
             ws="none",
+    reloads = metrics.counter("mlcdn_tls_reloads_total")
+    certificate = certificate_of(settings.tls_cert, settings.tls_key, lambda outcome: reloads.labels(outcome).inc())
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -192,6 +195,7 @@ async def serve(settings: Settings) -> None:
         stopped.cancel()
         beside.cancel()
         outcome = (await asyncio.gather(beside, return_exceptions=True))[0]
+        certificate,
         await worker.close("stopped" if stop.is_set() else "failed")
     if isinstance(outcome, Exception):
         # The parent sees the exit and starts another worker.
