@@ -30,9 +30,11 @@ from starlette.routing import Route
 
 from edge_node.serving import answers, repository
 from edge_node.serving.bodies import read_body, smaller, whole
+from edge_node.serving.docs_page import POLICY, page
 from edge_node.serving.doors import Limits, PredictionDoors
 from edge_node.serving.gate import Gate
 from edge_node.serving.model_slot import ModelSlot, Slots
+from edge_node.serving.openapi import document
 from edge_node.serving.predict import Predictor
 from edge_node.serving.reporter import Identity
 from edge_node.serving.rows import Rows
@@ -110,6 +112,14 @@ class Doors(PredictionDoors):
         said = {"name": "mlcdn", "version": installed_version("mlcdn"), "extensions": repository.EXTENSIONS}
         return _json(said)
 
+    async def openapi(self, _: Request) -> Response:
+        return _json(document(installed_version("mlcdn")))
+
+    async def docs(self, _: Request) -> Response:
+        body = page(document(installed_version("mlcdn"))).encode()
+        policy = (b"content-security-policy", POLICY.encode())
+        return whole(body, [policy, *answers.body_headers(len(body), b"text/html; charset=utf-8")])
+
     async def live(self, _: Request) -> Response:
         return _json({"live": True})
 
@@ -143,6 +153,8 @@ def paths(doors: Doors) -> list[tuple[str, str, Endpoint]]:
         ("POST", "/v2/repository/models/{model}/unload", doors.load),
         ("GET", "/health", doors.health),
         ("GET", "/metrics", doors.metrics),
+        ("GET", "/openapi.json", doors.openapi),
+        ("GET", "/docs", doors.docs),
     ]
     for prefix in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
         found += [
