@@ -43,10 +43,10 @@ from processes.http_limits import limits_of
 from processes.http_server import Server
 from processes.ports import listen
 from processes.signals import stop_on_signals
+from processes.tls import certificate_of
 from schemas import metrics
 from schemas import settings as catalogue
 from schemas.events import Location
-from processes.tls import certificate_of
 from schemas.settings import Settings
 from streams.log.producer import KafkaAppender
 from streams.log.record import Appender
@@ -153,6 +153,8 @@ async def serve(settings: Settings) -> None:
     listener = _listener(settings)
     host, port = listener.getsockname()[:2]
     number = int(os.environ.get("MLCDN_WORKER", "0"))
+    reloads = metrics.counter("mlcdn_tls_reloads_total")
+    certificate = certificate_of(settings.tls_cert, settings.tls_key, lambda outcome: reloads.labels(outcome).inc())
     worker = Worker(
         settings,
         number,
@@ -168,8 +170,6 @@ async def serve(settings: Settings) -> None:
             worker.app,
             http=GuardedProtocol,
             ws="none",
-    reloads = metrics.counter("mlcdn_tls_reloads_total")
-    certificate = certificate_of(settings.tls_cert, settings.tls_key, lambda outcome: reloads.labels(outcome).inc())
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -178,6 +178,7 @@ async def serve(settings: Settings) -> None:
         ),
         limits_of(settings),
         lambda reason: cut.labels(reason).inc(),
+        certificate,
     )
     # A full collection over what a start leaves behind took 13 ms.
     gc.collect()
@@ -195,7 +196,6 @@ async def serve(settings: Settings) -> None:
         stopped.cancel()
         beside.cancel()
         outcome = (await asyncio.gather(beside, return_exceptions=True))[0]
-        certificate,
         await worker.close("stopped" if stop.is_set() else "failed")
     if isinstance(outcome, Exception):
         # The parent sees the exit and starts another worker.
