@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -66,6 +67,7 @@ class Watchdog:
         self._order = itertools.count()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._wakes_at = math.inf
 
     @contextmanager
     def watch(self, deadline: Deadline) -> Iterator[Watch]:
@@ -76,7 +78,8 @@ class Watchdog:
                 self._thread = threading.Thread(target=self._serve, name="run-deadlines", daemon=True)
                 self._thread.start()
             heapq.heappush(self._heap, (deadline.at, next(self._order), watch))
-            if self._heap[0][2] is watch:
+            # Only for who must wake earlier than it will: woken for every run it fought each for the interpreter.
+            if deadline.at < self._wakes_at:
                 self._changed.notify()
         try:
             yield watch
@@ -105,9 +108,11 @@ class Watchdog:
                 while self._heap and self._heap[0][2].done:
                     self._pop()
                 if not self._heap:
+                    self._wakes_at = math.inf
                     self._changed.wait()
                     continue
-                wait = self._heap[0][0] - time.monotonic()
+                self._wakes_at = self._heap[0][0]
+                wait = self._wakes_at - time.monotonic()
                 if wait > 0:
                     self._changed.wait(wait)
                     continue

@@ -10,6 +10,7 @@ It must not know models in memory, caches, HTTP or releases.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -27,10 +28,15 @@ _json = msgspec.json.Encoder().encode
 
 def infer_answer(model: str, version: str, request_id: str | None, outputs: bytes) -> bytes:
     """`outputs` is the JSON array of them."""
-    head: dict[str, Any] = {"model_name": model, "model_version": version}
-    if request_id is not None:
-        head["id"] = request_id
+    if request_id is None:
+        return b"%b%b}" % (_start_of(model, version), outputs)
+    head = {"model_name": model, "model_version": version, "id": request_id}
     return b'%b,"outputs":%b}' % (_json(head)[:-1], outputs)
+
+
+@lru_cache(256)
+def _start_of(model: str, version: str) -> bytes:
+    return b'%b,"outputs":' % _json({"model_name": model, "model_version": version})[:-1]
 
 
 def binary_answer(

@@ -11,7 +11,9 @@ It must not know requests, answers' other fields, caches or HTTP.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 import msgspec
@@ -35,6 +37,14 @@ class Output(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return array_of(self.datatype, self.shape, self.data)
 
 
+# How the standard library reads them, where the host's byte order is the protocol's.
+_CODES: Final[Mapping[str, Any]] = (
+    {"FP32": "f", "FP64": "d", "INT8": "b", "INT16": "h", "INT32": "i", "INT64": "q"}
+    | {"UINT8": "B", "UINT16": "H", "UINT32": "I", "UINT64": "Q"}
+    if sys.byteorder == "little"
+    else {}
+)
+_SHORT_BYTES: Final = 1_024
 _pack = msgspec.msgpack.Encoder().encode
 _unpack: Final = msgspec.msgpack.Decoder(list[Output]).decode
 _json = msgspec.json.Encoder().encode
@@ -60,13 +70,22 @@ def outputs_json(packed: bytes) -> bytes:
 
 
 def output_json(output: Output) -> bytes:
-    flat = output.array.reshape(-1)
-    return b'{"name":%b,"datatype":"%b","shape":%b,"data":%b}' % (
-        _json(output.name),
-        output.datatype.encode(),
-        _json(output.shape),
-        json_of(output.name, output.datatype, flat),
-    )
+    return b"%b%b}" % (_start_of(output.name, output.datatype, output.shape), _values_of(output))
+
+
+@lru_cache(4_096)
+def _start_of(name: str, datatype: str, shape: tuple[int, ...]) -> bytes:
+    return b'{"name":%b,"datatype":"%b","shape":%b,"data":' % (_json(name), datatype.encode(), _json(shape))
+
+
+def _values_of(output: Output) -> bytes:
+    code = _CODES.get(output.datatype) if len(output.data) <= _SHORT_BYTES else None
+    if code is not None:
+        # numpy takes 1 us to look at a row of eight; this takes 0.3.
+        values = _json(output.data.cast(code).tolist())
+        if b"null" not in values:
+            return values
+    return json_of(output.name, output.datatype, output.array.reshape(-1))
 
 
 def outputs_binary(packed: bytes, names: frozenset[str] | None) -> tuple[bytes, list[memoryview]]:

@@ -79,6 +79,7 @@ class Settings(BaseSettings):
         ("CPUExecutionProvider",), description="onnxruntime execution providers, in order."
     )
 
+    fast_lane: bool = Field(True, description="Answer usual requests below ASGI; off, all take the full path.")
     memory_cache_bytes: int = Field(64 * 2**20, ge=0, description="Size of a worker's memory tier; 0 turns it off.")
     redis_cache_bytes: int = Field(64 * 2**20, ge=0, description="maxmemory of the region's Redis tier.")
     disk_cache_bytes: int = Field(256 * 2**20, ge=0, description="Size of a node's disk tier; 0 turns it off.")

@@ -36,7 +36,6 @@ class Cache:
         if namespace != self._namespace:
             self._namespace = namespace
             self.memory.clear()
-            self._measure()
 
     def peek(self, key: bytes, digest: str) -> Entry | None:
         """Memory only, and at once."""
@@ -80,10 +79,14 @@ class Cache:
 
     def fill(self, entry: Entry, *, shared: bool) -> None:
         self.memory.put(entry)
-        self._measure()
         if shared and self._namespace:
             for tier in self._shared:
                 tier.offer(entry, self._namespace)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether there are tiers outside this process."""
+        return bool(self._shared)
 
     def standing(self) -> dict[str, bool]:
         """Tiers outside this process, and whether each answers."""
@@ -102,9 +105,9 @@ class Cache:
         # Another log may have been adopted while a tier was asked.
         if namespace == self._namespace:
             self.memory.put(entry)
-            self._measure()
             for tier in passed:
                 tier.offer(entry, namespace)
 
-    def _measure(self) -> None:
+    def measure(self) -> None:
+        """Says how much memory holds: for the metrics, now and then."""
         gauge("mlcdn_cache_bytes").labels(self.memory.name).set(self.memory.bytes)

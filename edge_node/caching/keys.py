@@ -22,6 +22,7 @@ from typing import Any, Final
 import numpy as np
 
 KEY_BYTES: Final = 16
+_MAX_SHAPES: Final = 256
 # Changes with the framing below: old and new nodes of a region then never meet under one key.
 _PERSON: Final = b"mlcdn-key-1"
 
@@ -52,6 +53,36 @@ def prediction_key(
         _blob(update, name.encode())
         _tensor(update, inputs[name])
     return hasher.digest()
+
+
+class PlainKeys:
+    """`prediction_key` of requests with one input, no tenant, no parameters and no outputs named: all that precedes the
+    input's shape is hashed once. `dtype` is not object.
+    """
+
+    def __init__(self, model: str, digest: str, name: str, dtype: np.dtype[Any]) -> None:
+        self._start = hashlib.blake2b(digest_size=KEY_BYTES, person=_PERSON)
+        update: _Update = self._start.update
+        for text in (model, digest, ""):
+            _blob(update, text.encode())
+        _value(update, None)
+        _value(update, {})
+        update(struct.pack(">I", 1))
+        _blob(update, name.encode())
+        _blob(update, dtype.newbyteorder("<").str.encode())
+        self._shapes: dict[tuple[int, ...], hashlib.blake2b] = {}
+
+    def of(self, shape: tuple[int, ...], data: bytes) -> bytes:
+        """`data` is little-endian and row-major."""
+        start = self._shapes.get(shape)
+        if start is None:
+            start = self._start.copy()
+            _blob(start.update, struct.pack(f">{len(shape)}Q", *shape))
+            if len(self._shapes) < _MAX_SHAPES:
+                self._shapes[shape] = start
+        hasher = start.copy()
+        hasher.update(data)
+        return hasher.digest()
 
 
 def _blob(update: _Update, data: bytes) -> None:

@@ -18,7 +18,7 @@ from typing import Final
 
 import msgspec
 
-from edge_node.serving.controls import cache_status
+from edge_node.serving.controls import Consulted, cache_status
 from edge_node.serving.predict import Answer
 from edge_node.serving.served import Served
 from inference import oip_answers
@@ -61,7 +61,7 @@ def answer_headers(served: Served, answer: Answer, length: int, content_type: by
     """`length` is the body's."""
     headers = [
         *model_headers(served),
-        (b"cache-status", cache_status(answer.trail).encode("latin-1")),
+        (b"cache-status", _cache_status(answer.trail)),
         (b"age", b"%d" % answer.age_s),
         (b"mlcdn-position", answer.position.encode("latin-1")),
         (b"mlcdn-cache-key", answer.key.hex().encode()),
@@ -69,11 +69,44 @@ def answer_headers(served: Served, answer: Answer, length: int, content_type: by
     return headers + body_headers(length, content_type)
 
 
+def answer_head(
+    model_lines: bytes, trail: tuple[Consulted, ...], age_s: int, position: str, key: bytes, length: int
+) -> bytes:
+    """`answer_headers` of a JSON answer as they are written, for a door that makes 50,000 a second of them.
+
+    `model_lines` is `model_headers`, written.
+    """
+    return b"%bcache-status: %b\r\nage: %d\r\nmlcdn-position: %b\r\nmlcdn-cache-key: %b\r\n%b" % (
+        model_lines,
+        _cache_status(trail),
+        age_s,
+        position.encode("latin-1"),
+        key.hex().encode(),
+        _body_lines(length),
+    )
+
+
+@lru_cache(4_096)
+def _cache_status(trail: tuple[Consulted, ...]) -> bytes:
+    return cache_status(trail).encode("latin-1")
+
+
+@lru_cache(4_096)
+def _body_lines(length: int) -> bytes:
+    return written(body_headers(length))
+
+
 def body_headers(length: int, content_type: bytes = JSON) -> Headers:
     headers = [(b"content-length", b"%d" % length), (b"content-type", content_type)]
     if length >= COMPRESSIBLE_BYTES:
         headers.append((b"vary", b"accept-encoding"))
     return headers
+
+
+def smaller_headers(headers: Headers, coding: str, length: int) -> Headers:
+    """`headers` of a body that was made smaller."""
+    kept = [header for header in headers if header[0] != b"content-length"]
+    return [*kept, (b"content-encoding", coding.encode()), (b"content-length", b"%d" % length)]
 
 
 def model_headers(served: Served) -> Headers:
@@ -101,3 +134,8 @@ def error_answer(error: MlcdnError) -> tuple[int, Headers, bytes]:
 def error_body(text: str) -> bytes:
     # A message quotes what the caller sent, which need not be Unicode.
     return _json({"error": text.encode("utf-8", "backslashreplace").decode()})
+
+
+def written(headers: Headers) -> bytes:
+    """As they stand in an answer's head."""
+    return b"".join([b"%b: %b\r\n" % header for header in headers])

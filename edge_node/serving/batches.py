@@ -142,6 +142,9 @@ def parted(batch: Sequence[Job], outputs: Mapping[str, Array]) -> list[bytes]:
 
 def _rows(inputs: Mapping[str, Array]) -> int:
     """0 where the inputs do not agree on a number of rows."""
+    if len(inputs) == 1:
+        (only,) = inputs.values()
+        return only.shape[0] if only.ndim else 0
     rows = {array.shape[0] if array.ndim else 0 for array in inputs.values()}
     return rows.pop() if len(rows) == 1 else 0
 

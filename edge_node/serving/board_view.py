@@ -52,6 +52,11 @@ class BoardView:
         return self._fence.caught_up and self.board is not None
 
     @property
+    def slots(self) -> memoryview:
+        """The fence, to read from."""
+        return self._fence.slots
+
+    @property
     def namespace(self) -> str:
         return self.board.log.namespace if self.board is not None else ""
 

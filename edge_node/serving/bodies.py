@@ -80,6 +80,4 @@ async def smaller(request: Request, response: Response) -> Response:
         small = encoded(body, coding)
     if small is None:
         return response
-    headers = [(name, value) for name, value in response.raw_headers if name != b"content-length"]
-    length = (b"content-length", b"%d" % len(small))
-    return whole(small, [*headers, (b"content-encoding", coding.encode()), length], response.status_code)
+    return whole(small, answers.smaller_headers(response.raw_headers, coding, len(small)), response.status_code)

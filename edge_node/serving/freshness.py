@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from typing import Final
 
-from edge_node.board import position_of
+from edge_node.board import POLICY, PURGE, position_of
 from edge_node.board.fence import generation_of
 from edge_node.caching.cache import Cache
 from edge_node.caching.entry import Entry
@@ -29,11 +29,18 @@ MAX_ENTRY_TAGS: Final = 128
 class Freshness:
     def __init__(self, view: BoardView, cache: Cache) -> None:
         self._view, self._cache = view, cache
+        self._slots = view.slots
+        # What the fence said when everything it announced was last obeyed.
+        self._stamp = self._policy = -1
 
     def obey(self) -> int:
         """Catches up with the fence; the stamp that is obeyed from here on."""
-        stamp = self._view.catch_up()
-        self._cache.adopt(self._view.namespace)
+        stamp, policy = self._slots[PURGE], self._slots[POLICY]
+        if stamp != self._stamp or policy != self._policy:
+            stamp = self._view.catch_up()
+            self._cache.adopt(self._view.namespace)
+            if self._view.purges_known:
+                self._stamp, self._policy = stamp, policy
         return stamp
 
     @property
@@ -64,13 +71,15 @@ class Freshness:
     def entry(self, ask: Ask, body: bytes) -> Entry:
         """`body`, computed just now from what `ask` read."""
         served, asked_tags = ask.served, ask.controls.tags
-        policy = served.wanted.released.cache
         now = now_ms()
-        fresh_until = now + int(policy.ttl_s * 1e3)
+        ttl_ms, stale_ms, error_ms = served.windows_ms
+        fresh_until = now + ttl_ms
         # Not `peek`, which counts a miss: this one was counted when the answer was looked for.
         before = self._cache.memory.get(ask.key)
         # Tags add up, so that callers who name different ones do not take turns in refilling one entry.
-        tags = tuple(sorted(asked_tags | set(before.tags))) if before is not None else tuple(sorted(asked_tags))
+        tags: tuple[str, ...] = ()
+        if asked_tags or before is not None:
+            tags = tuple(sorted(asked_tags.union(before.tags if before is not None else ())))
         return Entry(
             key=ask.key,
             name=ask.name,
@@ -80,15 +89,15 @@ class Freshness:
             as_of=position_of(ask.as_of),
             stored_at_ms=now,
             fresh_until_ms=fresh_until,
-            stale_until_ms=fresh_until + int(policy.stale_while_revalidate_s * 1e3),
-            error_until_ms=fresh_until + int(policy.stale_if_error_s * 1e3),
+            stale_until_ms=fresh_until + stale_ms,
+            error_until_ms=fresh_until + error_ms,
             tags=tags if len(tags) <= MAX_ENTRY_TAGS else tuple(sorted(asked_tags)),
             body=body,
         )
 
     def position(self, ask: Ask) -> str:
         """``releases/invalidations``, as obeyed now."""
-        return f"{ask.served.wanted.position}/{position_of(self._view.catch_up())}"
+        return f"{ask.served.wanted.position}/{position_of(self.obey())}"
 
 
 def now_ms() -> int:

@@ -86,7 +86,9 @@ class Gate:
             made: Note | None = scope.get(_NOTE)
             if made is not None:
                 latency = time.perf_counter_ns() - started
-                cells = self._rows.cells(made.tier, status, made.model, made.request_bytes, sent, made.key)
+                cells = self._rows.cells(
+                    made.tier, status, self._rows.index_of(made.model), made.request_bytes, sent, made.key
+                )
                 self._rows.extend((started, latency, cells))
 
 

@@ -17,7 +17,8 @@ import gc
 import os
 import socket
 import time
-from typing import Final
+from functools import partial
+from typing import Final, cast
 
 import structlog
 import uvicorn
@@ -30,6 +31,8 @@ from edge_node.caching.memory_tier import MemoryTier
 from edge_node.caching.redis_tier import RedisTier
 from edge_node.serving.board_view import BoardView
 from edge_node.serving.health import Health
+from edge_node.serving.lane.connection import LaneProtocol
+from edge_node.serving.lane.lane import Lane
 from edge_node.serving.model_slot import Slots
 from edge_node.serving.origin_client import OriginClient
 from edge_node.serving.predict import Predictor
@@ -53,6 +56,8 @@ from streams.log.record import Appender
 from streams.log.writer import Writer
 
 LOOK_S: Final = 0.02
+# Of the memory tier's size: for answers that are kept as they go out.
+LANE_SHARE: Final = 4
 FIRST_LOADS_S: Final = 10.0
 DRAIN_NOTICE_S: Final = 0.3
 # An outage of this length loses no row: the queue holds 16 MiB, and what stays in it longer is dropped and counted.
@@ -99,11 +104,21 @@ class Worker:
             Limits(settings.max_body_bytes, settings.max_batch_rows),
         )
         self.app = build_app(doors, self.health, self.reporter.rows, self.identity)
+        self.lane = Lane(
+            self.slots,
+            self.predictor,
+            self.reporter.rows,
+            reader.fence,
+            self.identity,
+            settings.max_batch_rows,
+            settings.memory_cache_bytes // LANE_SHARE,
+        )
         self._followed: object = None
 
     def look(self) -> None:
         """Obeys the board, and starts the swaps that are due."""
         self.view.catch_up()
+        self.cache.measure()
         board = self.view.board
         if board is not None and board is not self._followed:
             self._followed = board
@@ -168,7 +183,9 @@ async def serve(settings: Settings) -> None:
     server = Server(
         uvicorn.Config(
             worker.app,
-            http=GuardedProtocol,
+            http=cast(type[asyncio.Protocol], partial(LaneProtocol, worker.lane))
+            if settings.fast_lane
+            else GuardedProtocol,
             ws="none",
             lifespan="off",
             log_config=None,

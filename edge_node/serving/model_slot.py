@@ -111,15 +111,22 @@ class Slots:
 
     def meant(self, name: str | None) -> ModelSlot:
         """The named model, else the only one, else the default."""
-        if name is not None:
-            return self.get(name)
-        if len(self._slots) == 1:
-            return next(iter(self._slots.values()))
-        if self._default:
-            return self.get(self._default)
+        slot = self.find_meant(name)
+        if slot is not None:
+            return slot
+        if name is not None or self._default:
+            return self.get(name or self._default)
         if not self._slots:
             raise NotReady("no model is served here yet")
         raise BadInput(f"say which model: {sorted(self._slots)}")
+
+    def find_meant(self, name: str | None) -> ModelSlot | None:
+        """As `meant`; None where that refuses."""
+        if name is not None:
+            return self._slots.get(name)
+        if len(self._slots) == 1:
+            return next(iter(self._slots.values()))
+        return self._slots.get(self._default)
 
     def add(self, name: str) -> ModelSlot:
         slot = self._slots.get(name)

@@ -103,15 +103,21 @@ class Predictor:
         return one
 
     def answer(self, ask: Ask, found: Found) -> Answer:
-        age_ms = now_ms() - found.stored_at_ms if found.stored_at_ms else 0
         return Answer(
             body=found.body,
             tier=found.tier,
             key=ask.key,
-            age_s=max(0, age_ms // 1_000),
+            age_s=self.age_s(found),
             trail=found.trail,
-            position=self._freshness.position(ask),
+            position=self.position(ask),
         )
+
+    def age_s(self, found: Found) -> int:
+        return max(0, (now_ms() - found.stored_at_ms) // 1_000) if found.stored_at_ms else 0
+
+    def position(self, ask: Ask) -> str:
+        """What an answer given now obeys."""
+        return self._freshness.position(ask)
 
     async def close(self) -> None:
         await self._tiers.close()

@@ -49,14 +49,12 @@ class Rows:
     def __len__(self) -> int:
         return len(self._flat) // _A_ROW
 
-    def cells(
-        self, tier: str, status: int, model: ModelRef | None, request_bytes: int, response_bytes: int, key: bytes
-    ) -> bytes:
-        index = NO_MODEL if model is None else self._index(model)
+    def cells(self, tier: str, status: int, model: int, request_bytes: int, response_bytes: int, key: bytes) -> bytes:
+        """`model` as `index_of` gave it."""
         return _CELLS.pack(
             TIER_INDEX[tier],
             status,
-            index,
+            model,
             min(request_bytes, _U32),
             min(response_bytes, _U32),
             int.from_bytes(key[:8], "little"),
@@ -86,7 +84,9 @@ class Rows:
         del self._flat[: count * _A_ROW]
         return count
 
-    def _index(self, model: ModelRef) -> int:
+    def index_of(self, model: ModelRef | None) -> int:
+        if model is None:
+            return NO_MODEL
         index = self._refs.get(model)
         if index is None:
             if len(self._refs) >= NO_MODEL:

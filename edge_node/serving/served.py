@@ -46,6 +46,10 @@ class Served:
             self.inputs, self.outputs = _specs(wanted.released.inputs), _specs(wanted.released.outputs)
         # Whether the number of rows is all that two requests' inputs may differ in.
         self.inner_fixed = all(spec.ranked and FREE not in spec.shape[1:] for spec in self.inputs)
+        policy = wanted.released.cache
+        seconds = (policy.ttl_s, policy.stale_while_revalidate_s, policy.stale_if_error_s)
+        # Fresh for so long, then stale while it is refilled, and stale where the model fails.
+        self.windows_ms = tuple(int(s * 1e3) for s in seconds)
         # Where its jobs go: its slot's. None before it is swapped in, and for ever where the origin answers.
         self.engine: Engine | None = None
         self.in_flight = 0

@@ -42,7 +42,7 @@ class TierLookup:
 
     @property
     def worth_asking(self) -> bool:
-        return bool(self._cache.standing()) and self._freshness.shared_tiers_count
+        return self._cache.is_shared and self._freshness.shared_tiers_count
 
     def ask(self, flights: Sequence[Flight]) -> None:
         """Together with all others of this turn of the loop."""
