@@ -89,6 +89,25 @@ class Bodies:
         return self._written[key]
 
 
+class Mixed:
+    """Body of the nth request of an open loop: every other one of 64 that repeat (or always), the others new."""
+
+    def __init__(self, repeat: int = 64, *, new: bool = True) -> None:
+        rng = np.random.default_rng(1)
+        rows = rng.standard_normal((repeat, FEATURES)).round(4).tolist()
+        self._new = new
+        self._bodies = [plain("oip", row) for row in rows]
+        parts = [_body(LOADS["unique"], "oip", row).encode().split(COUNT.encode()) for row in rows]
+        self._parts = [(head, tail) for head, tail in parts]
+        self._base = random.Random().randrange(10**6)
+
+    def __call__(self, number: int) -> bytes:
+        if not self._new or number % 2 == 0:
+            return self._bodies[number // (1 + self._new) % len(self._bodies)]
+        head, tail = self._parts[number // 2 % len(self._parts)]
+        return head + b"1%06d, 1%06d, 1%06d" % (number % 10**6, number // 10**6, self._base) + tail
+
+
 def plain(form: str, row: list[float]) -> bytes:
     """One body without a count."""
     return _document(form, row).encode()

@@ -29,12 +29,13 @@ class Reading:
         return self.requests / self.seconds
 
 
-def drive(written: Written, url: str, seconds: float, *, core: int, header: str = "") -> Reading:
-    """Asks for `seconds` (wrk counts whole ones, at least one)."""
+def drive(written: Written, url: str, seconds: float, *, core: int | None, header: str = "") -> Reading:
+    """Asks for `seconds` (wrk counts whole ones, at least one), from one core or, without it, from any."""
     environment = os.environ | {"BODIES": str(written.bodies), "HEADER": header}
     if written.order is not None:
         environment["ORDER"] = str(written.order)
-    command = ["taskset", "-c", str(core), "wrk", "-t1", f"-c{written.load.clients}", f"-d{max(1, round(seconds))}s"]
+    command = [] if core is None else ["taskset", "-c", str(core)]
+    command += ["wrk", "-t1", f"-c{written.load.clients}", f"-d{max(1, round(seconds))}s"]
     command += ["--timeout", "10s", "--latency", "-s", str(SCRIPT), url]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=seconds + 60)
     found = re.search(r"RESULT (\d+) (\d+) ([\d.]+) (\d+) (\d+) (\d+) (\d+)", done.stdout)
