@@ -22,6 +22,7 @@ from typing import Final
 import msgspec
 
 from edge_node.caching.keys import KEY_BYTES
+from schemas import names
 from schemas.errors import MlcdnError
 
 MAGIC: Final = b"MLCE"
@@ -41,10 +42,9 @@ class EntryRefused(MlcdnError):
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """`as_of` is the invalidations position read before the inputs were; `name` is what purges know it by."""
+    """`as_of` is the invalidations position read before the inputs were."""
 
     key: bytes
-    name: str
     model: str
     version: str
     digest: str
@@ -57,6 +57,11 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     body: bytes
 
     @property
+    def name(self) -> str:
+        """What purges know it by."""
+        return names.prediction_name(self.model, self.key.hex())
+
+    @property
     def last_use_ms(self) -> int:
         """From here on nothing may answer with it."""
         return max(self.fresh_until_ms, self.stale_until_ms, self.error_until_ms)
@@ -64,7 +69,6 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 class _About(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     namespace: str
-    name: str
     model: str
     version: str
     digest: str
@@ -86,7 +90,6 @@ def pack(entry: Entry, namespace: str) -> bytes:
     about = _encoder.encode(
         _About(
             namespace,
-            entry.name,
             entry.model,
             entry.version,
             entry.digest,
@@ -128,7 +131,6 @@ def unpack(data: bytes, *, key: bytes, digest: str, namespace: str) -> Entry:
         raise EntryRefused("other_digest")
     return Entry(
         key=key,
-        name=about.name,
         model=about.model,
         version=about.version,
         digest=digest,

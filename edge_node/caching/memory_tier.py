@@ -90,4 +90,5 @@ def _outranks(held: Entry, new: Entry) -> bool:
 
 
 def _size(entry: Entry) -> int:
-    return _OVERHEAD + len(entry.body) + 2 * len(entry.name) + sum(64 + len(tag) for tag in entry.tags)
+    size = _OVERHEAD + len(entry.body)
+    return size + sum(64 + len(tag) for tag in entry.tags) if entry.tags else size

@@ -12,56 +12,72 @@ It must not know event loops, threads or why a job is wanted.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from edge_node.serving.controls import Controls
 from edge_node.serving.served import Served
 from inference.deadlines import Deadline
 from inference.onnx_model import RunFailed
-from inference.protocol import encode_outputs
+from inference.packed import pack_outputs, pack_rows
+from schemas import names
 from schemas.errors import MlcdnError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Outcome = bytes | MlcdnError
 
 
-class Job:
-    """What one request wants computed; `land` is called once, with the packed outputs or the error."""
+class Ask:
+    """One look-up, and what computes it. `as_of` is the fence's stamp from before the inputs were read."""
 
-    __slots__ = (
-        "alone",
-        "alone_after_failure",
-        "deadline",
-        "group",
-        "inputs",
-        "land",
-        "landed",
-        "outputs",
-        "queued_ns",
-        "rows",
-        "served",
-        "timer",
-    )
+    __slots__ = ("as_of", "controls", "deadline", "inputs", "key", "outputs", "served")
 
     def __init__(
         self,
         served: Served,
+        key: bytes,
         inputs: Mapping[str, Array],
         outputs: Sequence[str] | None,
+        controls: Controls,
+        as_of: int,
         deadline: Deadline,
-        land: Callable[[Outcome], None],
-        queued_ns: int,
     ) -> None:
-        self.served, self.inputs, self.outputs = served, inputs, outputs
-        self.deadline, self.land, self.queued_ns = deadline, land, queued_ns
+        self.served, self.key, self.inputs, self.outputs = served, key, inputs, outputs
+        self.controls, self.as_of, self.deadline = controls, as_of, deadline
+
+    @property
+    def name(self) -> str:
+        """What purges know it by."""
+        return names.prediction_name(self.served.name, self.key.hex())
+
+    @property
+    def fresh(self) -> bool:
+        """Only memory is asked by age: what another tier holds is older than what memory held."""
+        return self.controls.no_cache or self.controls.max_age_s is not None
+
+
+class Job:
+    """A run that one ask needs; `ended` is called once, with the packed outputs or the error."""
+
+    __slots__ = ("alone", "alone_after_failure", "ask", "ended", "group", "has_ended", "queued_ns", "rows", "timer")
+
+    def __init__(self, ask: Ask, ended: Callable[[Outcome], None]) -> None:
+        served, outputs = ask.served, ask.outputs
+        self.ask, self.ended = ask, ended
+        self.queued_ns = time.perf_counter_ns()
         self.timer: asyncio.TimerHandle | None = None
-        self.landed = self.alone_after_failure = False
-        self.rows = _rows(inputs) if served.batchable else 0
+        self.has_ended = self.alone_after_failure = False
+        self.rows = _rows(ask.inputs) if served.batchable else 0
         self.alone = self.rows == 0
-        self.group: object = (served, outputs if outputs is None else tuple(outputs), _inner(served, inputs))
+        self.group: object = (
+            (served, outputs)
+            if served.inner_fixed
+            else (served, outputs, tuple(sorted((name, array.shape[1:]) for name, array in ask.inputs.items())))
+        )
 
 
 class Waiting:
@@ -119,25 +135,19 @@ class Waiting:
 def joined(batch: Sequence[Job]) -> Mapping[str, Array]:
     """The inputs of one run."""
     if len(batch) == 1:
-        return batch[0].inputs
-    return {name: np.concatenate([job.inputs[name] for job in batch]) for name in batch[0].inputs}
+        return batch[0].ask.inputs
+    return {name: np.concatenate([job.ask.inputs[name] for job in batch]) for name in batch[0].ask.inputs}
 
 
 def parted(batch: Sequence[Job], outputs: Mapping[str, Array]) -> list[bytes]:
     """The packed outputs of every job. RunFailed where the outputs have not the rows of the inputs."""
-    specs = batch[0].served.outputs
+    served = batch[0].ask.served
     if len(batch) == 1:
-        return [encode_outputs(outputs, specs)]
-    total = sum(job.rows for job in batch)
-    if any(array.shape[:1] != (total,) for array in outputs.values()):
-        raise RunFailed(f"model {batch[0].served.name} did not answer row by row")
-    packed = []
-    start = 0
-    for job in batch:
-        end = start + job.rows
-        packed.append(encode_outputs({name: array[start:end] for name, array in outputs.items()}, specs))
-        start = end
-    return packed
+        return [pack_outputs(outputs, served.outputs)]
+    counts = [job.rows for job in batch]
+    if any(array.shape[:1] != (sum(counts),) for array in outputs.values()):
+        raise RunFailed(f"model {served.name} did not answer row by row")
+    return pack_rows(outputs, served.outputs, counts)
 
 
 def _rows(inputs: Mapping[str, Array]) -> int:
@@ -147,10 +157,3 @@ def _rows(inputs: Mapping[str, Array]) -> int:
         return only.shape[0] if only.ndim else 0
     rows = {array.shape[0] if array.ndim else 0 for array in inputs.values()}
     return rows.pop() if len(rows) == 1 else 0
-
-
-def _inner(served: Served, inputs: Mapping[str, Array]) -> object:
-    """What must be alike beside the number of rows; nothing where the signature fixes it."""
-    if served.inner_fixed:
-        return None
-    return tuple(sorted((name, array.shape[1:]) for name, array in inputs.items()))

@@ -65,12 +65,12 @@ class Engine:
         """The job lands later, never in here. Overloaded where too many wait."""
         if self._closed:
             raise NotReady(f"model {self._name} is not served any more")
-        if not job.served.cost.in_loop:
+        if not job.ask.served.cost.in_loop:
             self._admit(job)
             self._watch(job)
-        job.served.enter()
+        job.ask.served.enter()
         self._waiting.add(job)
-        batching = job.served.wanted.released.batching
+        batching = job.ask.served.wanted.released.batching
         self._full = batching.max_size
         self._see_to_it(batching.max_delay_us / 1e6)
 
@@ -82,7 +82,7 @@ class Engine:
 
     def _admit(self, job: Job) -> None:
         """What the threads that are free will take this turn does not wait."""
-        released = job.served.wanted.released
+        released = job.ask.served.wanted.released
         leaving = (self._limit - self._busy) * (1 if job.alone else released.batching.max_size)
         if len(self._waiting) >= released.limits.max_queue + leaving:
             raise Overloaded(f"model {self._name} has {released.limits.max_queue} computations waiting")
@@ -100,7 +100,7 @@ class Engine:
         until = time.perf_counter() + TICK_S
         while len(self._waiting):
             first = self._waiting.first()
-            cost, most = first.served.cost, first.served.wanted.released.batching.max_size
+            cost, most = first.ask.served.cost, first.ask.served.wanted.released.batching.max_size
             if cost.in_loop and not first.alone_after_failure:
                 batch = self._taken(cost.rows_in_loop(most))
                 if batch:
@@ -118,8 +118,9 @@ class Engine:
     def _taken(self, most: int) -> list[Job]:
         """The next batch, without those that are too late already."""
         batch = []
+        now = time.monotonic()
         for job in self._waiting.take(most):
-            if job.deadline.passed:
+            if job.ask.deadline.at <= now:
                 self._land(job, DeadlineExceeded("the deadline passed before the model ran"))
             else:
                 batch.append(job)
@@ -153,7 +154,7 @@ class Engine:
             self._see_to_it()
 
     def _ended(self, batch: list[Job], outcome: list[bytes] | MlcdnError, seconds: float) -> None:
-        served = batch[0].served
+        served = batch[0].ask.served
         rows = sum(job.rows for job in batch) or 1
         self._run_s.observe(seconds)
         if not isinstance(outcome, MlcdnError):
@@ -169,7 +170,7 @@ class Engine:
 
     def _again(self, job: Job) -> None:
         """By itself, and in a thread: what went wrong in company may also take long."""
-        if job.landed:
+        if job.has_ended:
             return
         if self._closed:
             self._land(job, NotReady(f"model {self._name} is not served any more"))
@@ -183,20 +184,20 @@ class Engine:
     def _watch(self, job: Job) -> None:
         """For what may be in a thread at its deadline; what runs in the loop keeps the loop's timers from running."""
         loop = asyncio.get_running_loop()
-        job.timer = loop.call_later(max(0.0, job.deadline.remaining()), self._expire, job)
+        job.timer = loop.call_later(max(0.0, job.ask.deadline.remaining()), self._expire, job)
 
     def _expire(self, job: Job) -> None:
         self._waiting.drop(job)
         self._land(job, DeadlineExceeded("no answer before the deadline"))
 
     def _land(self, job: Job, outcome: bytes | MlcdnError) -> None:
-        if job.landed:
+        if job.has_ended:
             return
-        job.landed = True
+        job.has_ended = True
         if job.timer is not None:
             job.timer.cancel()
-        job.served.leave()
-        job.land(outcome)
+        job.ask.served.leave()
+        job.ended(outcome)
 
     def _said(self, batch: Sequence[Job], reason: str) -> None:
         self._batch_rows[reason].observe(sum(job.rows for job in batch) or 1)
@@ -205,17 +206,17 @@ class Engine:
 
 def _run(batch: list[Job]) -> list[bytes]:
     first = batch[0]
-    model = first.served.model
+    model = first.ask.served.model
     if model is None:
-        raise NotReady(f"model {first.served.name} has no session here")
-    deadline = min((job.deadline for job in batch), key=lambda d: d.at) if len(batch) > 1 else first.deadline
+        raise NotReady(f"model {first.ask.served.name} has no session here")
+    deadline = min((job.ask.deadline for job in batch), key=lambda d: d.at) if len(batch) > 1 else first.ask.deadline
     try:
-        return parted(batch, model.run(joined(batch), first.outputs, deadline))
+        return parted(batch, model.run(joined(batch), first.ask.outputs, deadline))
     except MlcdnError:
         raise
     except Exception as error:
         # A library's own: the caller is told no more than that, and the worker serves on.
-        log.exception("run_broke", model=first.served.name)
+        log.exception("run_broke", model=first.ask.served.name)
         raise RunFailed("internal error") from error
 
 

@@ -12,49 +12,15 @@ It must not know tiers, engines or HTTP.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Final
 
 import msgspec
-import numpy as np
 
 from edge_node.caching.entry import Entry
-from edge_node.serving.controls import Consulted, Controls
-from edge_node.serving.served import Served
-from inference.deadlines import Deadline
-from schemas import names
+from edge_node.serving.batches import Ask
+from edge_node.serving.controls import Consulted
 from schemas.errors import MlcdnError
-
-Array = np.ndarray[Any, np.dtype[Any]]
-
-
-class Ask:
-    """One look-up, and what computes it. `as_of` is the fence's stamp from before the inputs were read."""
-
-    __slots__ = ("as_of", "controls", "deadline", "inputs", "key", "outputs", "served")
-
-    def __init__(
-        self,
-        served: Served,
-        key: bytes,
-        inputs: Mapping[str, Array],
-        outputs: Sequence[str] | None,
-        controls: Controls,
-        as_of: int,
-        deadline: Deadline,
-    ) -> None:
-        self.served, self.key, self.inputs, self.outputs = served, key, inputs, outputs
-        self.controls, self.as_of, self.deadline = controls, as_of, deadline
-
-    @property
-    def name(self) -> str:
-        """What purges know it by."""
-        return names.prediction_name(self.served.name, self.key.hex())
-
-    @property
-    def fresh(self) -> bool:
-        """Only memory is asked by age: what another tier holds is older than what memory held."""
-        return self.controls.no_cache or self.controls.max_age_s is not None
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -69,6 +35,7 @@ class Found(msgspec.Struct, frozen=True):
 
 Outcome = Found | MlcdnError
 Land = Callable[[Outcome], None]
+_MEMORY: Final = ("memory",)
 
 
 class Flight:
@@ -81,7 +48,7 @@ class Flight:
 
     def __init__(self, ask: Ask, fresh: bool, stale: Found | None = None) -> None:
         self.ask, self.fresh, self.stale = ask, fresh, stale
-        self.asked: tuple[str, ...] = ("memory",)
+        self.asked: tuple[str, ...] = _MEMORY
         self.why = "stale" if stale is not None else "request" if fresh else "uri-miss"
         self.outcome: Outcome | None = None
         self._waiting: list[Land] = []
@@ -104,28 +71,34 @@ class Flight:
 class Flights:
     def __init__(self, is_valid: Callable[[Ask], bool]) -> None:
         self._is_valid = is_valid
-        self._flying: dict[tuple[bytes, bool], Flight] = {}
+        # Those that ask the model whatever the tiers have, and the others.
+        self._fresh: dict[bytes, Flight] = {}
+        self._plain: dict[bytes, Flight] = {}
 
     def __len__(self) -> int:
-        return len(self._flying)
+        return len(self._fresh) + len(self._plain)
 
     def __iter__(self) -> Iterator[Flight]:
-        return iter(list(self._flying.values()))
+        return iter([*self._fresh.values(), *self._plain.values()])
 
     def find(self, ask: Ask, fresh: bool) -> Flight | None:
         """One that `ask` may join. One that asks the model also serves who would ask the tiers; not vice versa."""
-        for kind in (True,) if fresh else (True, False):
-            flight = self._flying.get((ask.key, kind))
-            if flight is not None and ask.controls.tags <= flight.ask.controls.tags and self._is_valid(flight.ask):
-                return flight
+        if self._fresh and self._joins(ask, flight := self._fresh.get(ask.key)):
+            return flight
+        if not fresh and self._joins(ask, flight := self._plain.get(ask.key)):
+            return flight
         return None
 
     def start(self, ask: Ask, fresh: bool, stale: Found | None = None) -> Flight:
         flight = Flight(ask, fresh, stale)
-        self._flying[ask.key, fresh] = flight
+        (self._fresh if fresh else self._plain)[ask.key] = flight
         return flight
 
     def end(self, flight: Flight) -> None:
         """Before it lands. A newer flight of the same key stays."""
-        if self._flying.get((flight.ask.key, flight.fresh)) is flight:
-            del self._flying[flight.ask.key, flight.fresh]
+        flying = self._fresh if flight.fresh else self._plain
+        if flying.get(flight.ask.key) is flight:
+            del flying[flight.ask.key]
+
+    def _joins(self, ask: Ask, flight: Flight | None) -> bool:
+        return flight is not None and ask.controls.tags <= flight.ask.controls.tags and self._is_valid(flight.ask)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import structlog
 
-from edge_node.serving.flights import Ask
+from edge_node.serving.batches import Ask
 from edge_node.serving.origin_client import OriginClient
 from inference.onnx_model import RunFailed
 from schemas.errors import DeadlineExceeded, MlcdnError, NotReady, Unreachable

@@ -19,8 +19,8 @@ from edge_node.board.fence import generation_of
 from edge_node.caching.cache import Cache
 from edge_node.caching.entry import Entry
 from edge_node.caching.lookup import Verdict, judge
+from edge_node.serving.batches import Ask
 from edge_node.serving.board_view import BoardView
-from edge_node.serving.flights import Ask
 from streams.folds.invalidations import Standing
 
 MAX_ENTRY_TAGS: Final = 128
@@ -82,7 +82,6 @@ class Freshness:
             tags = tuple(sorted(asked_tags.union(before.tags if before is not None else ())))
         return Entry(
             key=ask.key,
-            name=ask.name,
             model=served.name,
             version=served.wanted.version,
             digest=served.digest,

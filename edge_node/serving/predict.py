@@ -19,7 +19,6 @@ It must not know HTTP, how tiers store, or where models come from.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, Final
@@ -31,10 +30,10 @@ from edge_node.caching.cache import Cache
 from edge_node.caching.keys import prediction_key
 from edge_node.caching.lookup import Verdict
 from edge_node.caching.tallies import missed
-from edge_node.serving.batches import Job
+from edge_node.serving.batches import Ask, Job
 from edge_node.serving.board_view import BoardView
 from edge_node.serving.controls import Consulted, Controls
-from edge_node.serving.flights import Ask, Flight, Flights, Found, Outcome
+from edge_node.serving.flights import Flight, Flights, Found, Outcome
 from edge_node.serving.forwarding import Forwarding
 from edge_node.serving.freshness import Freshness, now_ms
 from edge_node.serving.origin_client import OriginClient
@@ -214,17 +213,16 @@ class Predictor:
         for flight in flights:
             self._compute(flight.ask, partial(self._computed, flight))
 
-    def _compute(self, ask: Ask, land: Callable[[bytes | MlcdnError], None]) -> None:
-        """`land` gets the packed outputs or the error, perhaps before this returns."""
-        served = ask.served
-        if served.engine is None or served.model is None:
-            self.forwarding.submit(ask, land)
+    def _compute(self, ask: Ask, ended: Callable[[bytes | MlcdnError], None]) -> None:
+        """`ended` gets the packed outputs or the error, perhaps before this returns."""
+        engine = ask.served.engine
+        if engine is None or ask.served.model is None:
+            self.forwarding.submit(ask, ended)
             return
-        job = Job(served, ask.inputs, ask.outputs, ask.deadline, land, time.perf_counter_ns())
         try:
-            served.engine.submit(job)
+            engine.submit(Job(ask, ended))
         except MlcdnError as error:
-            land(error)
+            ended(error)
 
     def _computed(self, flight: Flight, outcome: bytes | MlcdnError) -> None:
         if isinstance(outcome, MlcdnError):

@@ -37,7 +37,6 @@ def entry(number: int = 0, *, size: int = 5, **changes: Any) -> Entry:
     key = number.to_bytes(16, "big")
     whole: dict[str, Any] = {
         "key": key,
-        "name": f"prediction:digits:{key.hex()}",
         "model": "digits",
         "version": "v1",
         "digest": DIGEST,
@@ -202,15 +201,17 @@ def test_what_expired_does_not_keep_a_lower_position_out(kind: str, tmp_path: Pa
     over(kind, tmp_path, check)
 
 
-def test_the_bytes_in_memory_are_told_after_every_change(tmp_path: Path) -> None:
+def test_the_bytes_in_memory_are_told(tmp_path: Path) -> None:
     async def check(disk: SharedTier) -> None:
         told = gauge("mlcdn_cache_bytes").labels("memory")._value
         cache = Cache(MemoryTier(MEGABYTE), None, disk)
         cache.adopt(SPACE)
         await put(disk, entry(1))
         assert await cache.lookup(entry(1).key, DIGEST, shared=True) is not None
+        cache.measure()
         assert told.get() == cache.memory.bytes > 0
         cache.adopt(OTHER_SPACE)
+        cache.measure()
         assert told.get() == 0
 
     over("disk", tmp_path, check)

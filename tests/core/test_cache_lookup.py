@@ -23,7 +23,6 @@ NOW = 1_700_000_000_000
 def entry(**changes: Any) -> Entry:
     whole: dict[str, Any] = {
         "key": KEY,
-        "name": f"prediction:digits:{KEY.hex()}",
         "model": "digits",
         "version": "v1",
         "digest": "d" * 64,

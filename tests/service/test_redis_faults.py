@@ -33,7 +33,6 @@ def entry(number: int, as_of: int = 7) -> Entry:
     key = number.to_bytes(16, "big")
     return Entry(
         key=key,
-        name=f"prediction:digits:{key.hex()}",
         model="digits",
         version="v1",
         digest=DIGEST,

@@ -132,13 +132,14 @@ class LaneProtocol(GuardedProtocol):
         self._in_lane = False
         if self.transport.is_closing():
             return
-        self.last_active = self.loop.time()
+        self._used = True
         if self.shared.drains_since is not None:
             self.transport.write(self._lane.start_of(wire.status, self.server_state.default_headers) + wire.closing())
             self.transport.close()
             return
         self._write(wire)
-        self._look()
+        # All else that closes the lane was seen when the request entered it, or says so itself.
+        self._clear = self.left_at is None and not self.flow.write_paused
         if self._held_data:
             data, self._held_data = self._held_data, b""
             self.flow.resume_reading()

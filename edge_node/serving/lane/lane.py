@@ -26,9 +26,10 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from edge_node.board import POLICY, Fence
 from edge_node.serving import answers
+from edge_node.serving.batches import Ask
 from edge_node.serving.controls import Controls
 from edge_node.serving.encodings import encoded
-from edge_node.serving.flights import Ask, Found, Outcome
+from edge_node.serving.flights import Found, Outcome
 from edge_node.serving.lane.bindings import NOT_USUAL, Binding, Taken, named_model
 from edge_node.serving.lane.repeats import KnownHead, Repeat, Repeats
 from edge_node.serving.model_slot import ModelSlot, Slots
