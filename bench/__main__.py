@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import audit, edge, purge, release, restart, swap
+from bench import audit, edge, memory, purge, release, restart, slow_neighbour, swap, workers
 from bench.servers import PEERS
 from mlcdn.demo.command import Mlcdn
 
@@ -18,6 +18,9 @@ BENCHES = {
     "purge": purge.run,
     "swap": swap.run,
     "edge": edge.run,
+    "slow_neighbour": slow_neighbour.run,
+    "workers": workers.run,
+    "memory": memory.run,
     "restart": restart.run,
     "audit": audit.run,
 }

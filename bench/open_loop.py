@@ -81,6 +81,17 @@ async def open_loop(url: str, body: Callable[[int], bytes], rate: float, stop: a
     return seen
 
 
+async def ask_again(url: str, body: Callable[[int], bytes], stop: asyncio.Event) -> Seen:
+    """One client that asks again as soon as it is answered, until `stop`. It sends only what is new: odd numbers."""
+    seen, lanes = Seen(), _Lanes(url)
+    try:
+        while not stop.is_set():
+            seen.answers.append(await lanes.ask(request(url, body(2 * len(seen.answers) + 1))))
+    finally:
+        lanes.close()
+    return seen
+
+
 class _Lanes:
     """Connections, each with one request at a time; the one that was free last is used first."""
 
