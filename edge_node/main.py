@@ -5,7 +5,8 @@
     3. the incarnation (slot 4 of the fence), before anything starts
     4. an agent that an earlier parent left is ended
     5. the agent and the workers
-    6. on SIGTERM the workers drain, then the agent goes
+    6. on SIGTERM the workers drain, then the agent goes; a second one ends the drain
+    SIGHUP restarts the workers, one after the other (`edge_node/rolling.py`)
 
     DIR/node.lock  DIR/pids.json {"agent": pid, "workers": [pid, …]}  DIR/metrics/ (what the workers count together)
 
@@ -29,11 +30,13 @@ import structlog
 from prometheus_client import multiprocess
 
 from edge_node.board import INCARNATION, Fence, RealDisk
+from edge_node.rolling import restarting_on_hangup
 from processes import logs
 from processes.ports import PortBusy, listen
 from processes.signals import stop_on_signals
 from processes.supervisor import Child, Supervisor
 from processes.tls import CertificateRefused, certificate_of
+from processes.worker_ready import is_ready
 from schemas import settings as catalogue
 from schemas.errors import Conflict, SettingsInvalid
 from schemas.settings import Settings
@@ -70,15 +73,30 @@ async def serve(settings: Settings) -> None:
     async with stop_on_signals() as stop, Supervisor(on_exit=on_exit) as supervisor:
         await supervisor.start(_children(settings, directory, metrics, listener.fileno()))  # 5
         watching = asyncio.create_task(_write_pids(supervisor, directory / "pids.json"))
+        workers = [f"worker-{number}" for number in range(settings.workers)]
         try:
-            await supervisor.run_until(stop)
+            async with restarting_on_hangup(
+                supervisor, workers, lambda name, pid: is_ready(directory, _number(name), pid)
+            ):
+                await supervisor.run_until(stop)
         finally:
             watching.cancel()
         log.info("node_drains", node=settings.node)
+        hurried = asyncio.create_task(_hurry(supervisor, workers, stop.again))
         await supervisor.stop()  # 6
+        hurried.cancel()
     (directory / "pids.json").unlink(missing_ok=True)
     listener.close()
     release()
+
+
+async def _hurry(supervisor: Supervisor, workers: list[str], again: asyncio.Event) -> None:
+    """Who asks twice does not wait for clients: the second signal goes on to the workers."""
+    await again.wait()
+    running = supervisor.pids()
+    for name in workers:
+        if name in running:
+            os.kill(running[name], signal.SIGTERM)
 
 
 def _children(settings: Settings, directory: Path, metrics: Path, descriptor: int) -> list[Child]:

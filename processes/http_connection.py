@@ -66,6 +66,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_body = False
         self._since = self.last_active  # the head's or the body's first byte
         self._upgrades = self._framing = False  # see `_feed`
+        self._head = b""  # of the answer that begins
         self._held = 0  # bytes read since the parser last gave something away
         self._refusal: Refused | None = None  # waits for the answers before it
         self._waiting: tuple[float, int] | None = None  # since when, and how many bytes, the client leaves unread
@@ -202,12 +203,29 @@ class GuardedProtocol(HttpToolsProtocol):
             self._leave(answer_of(refused))
 
     def write(self, data: bytes) -> None:
+        """An answer's head waits for its body until this turn of the loop ends: a system call less for each answer."""
+        if self._head:
+            head, self._head = self._head, b""
+            self._send(head + data)
+        elif data.startswith(b"HTTP/1.1 "):
+            self._head = data
+            self.loop.call_soon(self._send_head)
+        else:
+            self._send(data)
+
+    def _send_head(self) -> None:
+        if self._head:
+            head, self._head = self._head, b""
+            self._send(head)
+
+    def _send(self, data: bytes) -> None:
         # uvloop's transport raises once it was aborted, some time before the protocol is told.
         if not self.transport.is_closing():
             self.transport.write(data)
 
     def end(self) -> None:
         """Closes behind an answer, when the client can have read it."""
+        self._send_head()
         if self.mid_message:
             self._leave(b"")
         else:
@@ -215,6 +233,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _leave(self, last: bytes) -> None:
         """Writes what there is to say, and waits a moment for the client to read it and go."""
+        self._send_head()
         self.left_at = self.loop.time()
         self.transport.write(last)
         if not self.transport.can_write_eof() or len(self.shared.lingering) >= self.shared.limits.max_lingering:
@@ -259,8 +278,9 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """The drain begins: what is in flight is answered, and an idle connection has a moment for a last request."""
-        if self.busy():
-            self.cycle.keep_alive = False
+        cycle: RequestResponseCycle | None = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            cycle.keep_alive = False
 
     def _unread(self, now: float) -> bool:
         """Whether the client left `write_timeout_s` pass without taking a fair part of what waits for it."""

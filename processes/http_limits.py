@@ -1,6 +1,7 @@
 """What an HTTP connection may cost, why one is refused or cut, and what the connections of one server share.
 
-Laws: every limit has its reason to be counted by; `refusal` decides on a whole head alone and does no I/O.
+Laws: every limit has its reason to be counted by; `refusal` decides on a whole head alone and does no I/O; more
+connections than file descriptors are never promised.
 
 It must not know what a request asks, nor which metric a count ends in.
 """
@@ -8,6 +9,9 @@ It must not know what a request asks, nor which metric a count ends in.
 from __future__ import annotations
 
 import json
+import logging
+import os
+import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -18,6 +22,10 @@ from uvicorn.server import ServerState
 if TYPE_CHECKING:
     from processes.http_connection import GuardedProtocol
 
+log = logging.getLogger(__name__)
+
+# For what a process opens as it goes: models, upstreams, a scrape of its metrics.
+KEPT_DESCRIPTORS: Final = 24
 Reason = Literal[
     "head_slow",  # a request head that did not end in time
     "head_large",  # or in size
@@ -50,6 +58,7 @@ class Limits:
     max_connections: int = 10_000
     max_pipelined: int = 128
     max_lingering: int = 1_000
+    """Refused clients that are waited for at once."""
 
 
 class ConnectionSettings(Protocol):
@@ -72,13 +81,33 @@ class ConnectionSettings(Protocol):
 
 
 def limits_of(settings: ConnectionSettings) -> Limits:
+    """Asked for when everything else is open: the process may have fewer file descriptors than connections wanted."""
+    connections, lingering = affordable(settings.max_connections, Limits().max_lingering)
+    if connections < settings.max_connections:
+        log.warning("few_file_descriptors", extra={"connections": connections, "wanted": settings.max_connections})
     return Limits(
         head_timeout_s=settings.header_timeout_s,
         body_timeout_s=settings.body_timeout_s,
         write_timeout_s=settings.write_timeout_s,
         keep_alive_s=settings.keep_alive_s,
-        max_connections=settings.max_connections,
+        max_connections=connections,
+        max_lingering=lingering,
     )
+
+
+def affordable(connections: int, lingering: int) -> tuple[int, int]:
+    """How many of each the process has descriptors for, at least one and none; raises its own limit where it may."""
+    used = len(os.listdir("/dev/fd")) + KEPT_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = used + connections + lingering
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return connections, lingering
+    room = max(0, soft - used)
+    lingering = min(lingering, room // 4)
+    return max(1, min(connections, room - lingering)), lingering
 
 
 class Shared(ServerState):

@@ -2,6 +2,7 @@
 
     drain     every answer closes its connection from here on
     shutdown  nothing more is accepted; what is in flight is finished, within the config's graceful time
+    end_at    until somebody cannot wait for that
 
 Law: one sweep a second for all connections, in slices that do not hold up a request.
 """
@@ -41,9 +42,10 @@ class Server(uvicorn.Server):
         limits: Limits | None = None,
         on_cut: Callable[[Reason], None] = lambda _: None,
         certificate: Certificate | None = None,
+        on_start: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(config)
-        self._certificate = certificate
+        self._certificate, self._on_start = certificate, on_start
         self.shared = Shared(limits or Limits(), on_cut)
         self.server_state = self.shared
         self._beside: list[asyncio.Task[None]] = []
@@ -73,15 +75,27 @@ class Server(uvicorn.Server):
             self.started = True
             self._beside.append(asyncio.create_task(self._certificate.watch(), name="certificate:watch"))
         self._beside.append(asyncio.create_task(self._sweep(), name="connections:sweep"))
+        self._on_start()
+
+    async def end_at(self, again: asyncio.Event) -> None:
+        """Cuts the drain short: what is still in flight is lost."""
+        await again.wait()
+        self.force_exit = self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.drain()
         try:
             await super().shutdown(sockets)
         finally:
+            # Whoever is left learns it now, not when the process has said its last word to the log.
+            for connection in [*self._connections(), *self.shared.lingering]:
+                connection.transport.abort()
             for task in self._beside:
                 task.cancel()
             await asyncio.gather(*self._beside, return_exceptions=True)
+
+    def _connections(self) -> set[GuardedProtocol]:
+        return cast("set[GuardedProtocol]", self.shared.connections)
 
     def _protocol(self) -> asyncio.Protocol:
         make = cast("Callable[..., asyncio.Protocol]", self.config.http_protocol_class)
@@ -91,7 +105,7 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(SWEEP_S if self.shared.drains_since is None else DRAIN_SWEEP_S)
-            swept = iter([*cast("set[GuardedProtocol]", self.shared.connections), *self.shared.lingering])
+            swept = iter([*self._connections(), *self.shared.lingering])
             while part := list(itertools.islice(swept, _SLICE)):
                 now = loop.time()
                 for connection in part:

@@ -47,6 +47,7 @@ from processes.http_server import Server
 from processes.ports import listen
 from processes.signals import stop_on_signals
 from processes.tls import certificate_of
+from processes.worker_ready import say_ready
 from schemas import metrics
 from schemas import settings as catalogue
 from schemas.events import Location
@@ -191,11 +192,13 @@ async def serve(settings: Settings) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             timeout_graceful_shutdown=int(max(1, settings.drain_s)),
         ),
         limits_of(settings),
         lambda reason: cut.labels(reason).inc(),
         certificate,
+        lambda: say_ready(settings.dir, number),
     )
     # A full collection over what a start leaves behind took 13 ms.
     gc.collect()
@@ -207,9 +210,11 @@ async def serve(settings: Settings) -> None:
         await asyncio.wait({serving, beside, stopped}, return_when=asyncio.FIRST_COMPLETED)
         worker.drain()
         server.drain()
+        hurried = asyncio.create_task(server.end_at(stop.again))
         await asyncio.sleep(DRAIN_NOTICE_S)
         server.should_exit = True
         await serving
+        hurried.cancel()
         stopped.cancel()
         beside.cancel()
         outcome = (await asyncio.gather(beside, return_exceptions=True))[0]

@@ -205,6 +205,17 @@ def test_bad_input_gets_its_status(worker: WorkerProcess, name: str) -> None:
         assert re.search(rb'\{"error":\s*"', got), got[:400]
 
 
+def test_a_refusal_reaches_a_client_that_is_still_sending(worker: WorkerProcess) -> None:
+    # Closed at once, the socket would be reset under the client's hands, and the refusal with it.
+    with worker.connect() as client:
+        client.sendall(post(b"", GOOD.ljust(2**22))[: 2**15])
+        time.sleep(0.3)
+        for _ in range(10):
+            client.sendall(bytes(2**16))
+            time.sleep(0.02)
+        assert client.recv(65536).startswith(b"HTTP/1.1 413 ")
+
+
 def test_a_head_a_byte_a_second_is_cut(worker: WorkerProcess) -> None:
     with worker.connect() as client:
         began = time.monotonic()
