@@ -1,4 +1,4 @@
-"""Request bodies in and answers out: read once within a limit and a time, smaller where both sides can.
+"""Request bodies in and answers out: read once within a limit, smaller where both sides can.
 
 Laws:
 - No more than the limit is held of a body, neither as it came nor decompressed; what is over it is 413 at once.
@@ -19,7 +19,6 @@ from starlette.responses import Response
 from edge_node.serving import answers
 from edge_node.serving.encodings import OFFERED, UnknownCoding, chosen, decoded, encoded
 
-BODY_TIMEOUT_S: Final = 10.0
 _IN_THREAD_BYTES: Final = 64 * 1024
 JSON_LENGTH: Final = "inference-header-content-length"
 
@@ -28,14 +27,11 @@ async def read_body(request: Request, limit: int) -> bytes:
     """Plain, whatever it came as."""
     _check_type(request)
     body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    raise HTTPException(413, f"the body is larger than {limit} bytes", {"connection": "close"})
-    except TimeoutError:
-        raise HTTPException(408, "the body did not arrive in time", {"connection": "close"}) from None
+    # For how long is the connection's to say.
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise HTTPException(413, f"the body is larger than {limit} bytes", {"connection": "close"})
     coding = request.headers.get("content-encoding")
     if coding is None:
         return bytes(body)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import msgspec
@@ -24,6 +24,7 @@ from schemas.errors import BadInput
 MAX_TAGS: Final = 32
 MAX_TAG: Final = 256
 MAX_DEADLINE_MS: Final = 600_000
+_READ: Final = frozenset({b"cache-control", b"traceparent", b"authorization", b"mlcdn-tags", b"mlcdn-deadline-ms"})
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -62,8 +63,15 @@ class Consulted(msgspec.Struct, frozen=True):
         return "; ".join(parts)
 
 
-def controls_of(headers: Mapping[str, str], as_of: int) -> Controls:
-    """`headers` looks names up in any case."""
+def controls_of(raw: Iterable[tuple[bytes, bytes]], as_of: int) -> Controls:
+    """`raw` are a request's headers, names in lower case. One that is there twice is one list (RFC 9110, section 5.3)."""
+    asked: dict[bytes, bytes] = {}
+    for name, value in raw:
+        if name in _READ:
+            asked[name] = asked[name] + b"," + value if name in asked else value
+    if not asked:
+        return Controls(as_of=as_of)
+    headers = {name.decode(): value.decode("latin-1") for name, value in asked.items()}
     directives = [d.strip().lower() for d in headers.get("cache-control", "").split(",")]
     ages = [
         int(d[8:])

@@ -4,16 +4,12 @@
     /v2/…/infer      Open Inference Protocol v2, JSON or binary, in any mixture
 
 Laws: the fence is read before the body; what could not be worded is refused before it is run; each request that names a
-model is counted once, however it ends.
+model is noted once, however it ends.
 
 It must not know tiers, sessions, the log, or which path leads here.
 """
 
 from __future__ import annotations
-
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import msgspec
 from starlette.requests import Request
@@ -28,7 +24,6 @@ from edge_node.serving.predict import Answer, Predictor
 from edge_node.serving.reporter import Identity
 from edge_node.serving.repository import named
 from edge_node.serving.served import Served
-from edge_node.serving.statistics import Statistics
 from inference import protocol as oip
 from inference.datatypes import TensorSpec
 from schemas.errors import BadInput, BadTensor
@@ -43,101 +38,78 @@ class Limits(msgspec.Struct, frozen=True):
     batch_rows: int
 
 
-class Counted:
-    """What a door knows of its request once it is read: `noted` is for the row, `rows` for the statistics."""
-
-    __slots__ = ("noted", "rows")
-
-    def __init__(self, noted: Note) -> None:
-        self.noted, self.rows = noted, 1
-
-    def model(self, served: Served) -> None:
-        self.noted.model = ModelRef(name=served.name, version=served.wanted.version, digest=served.digest)
-
-    def answer(self, answer: Answer) -> None:
-        self.noted.tier, self.noted.key = answer.tier, answer.key
-
-
 class PredictionDoors:
-    def __init__(
-        self, slots: Slots, predictor: Predictor, identity: Identity, limits: Limits, statistics: Statistics
-    ) -> None:
-        self._slots, self._predictor, self._identity = slots, predictor, identity
-        self._limits, self._statistics = limits, statistics
+    def __init__(self, slots: Slots, predictor: Predictor, identity: Identity, limits: Limits) -> None:
+        self._slots, self._predictor, self._identity, self._limits = slots, predictor, identity, limits
 
     async def predict(self, request: Request) -> Response:
-        with self._counted(request) as counted:
-            controls = controls_of(request.headers, self._predictor.now())
-            asked = oip.parse(await self._body(request, counted), _PREDICT)
-            served = self._meant(asked.model, counted)
-            spec = _only_input(served)
-            answers.check_json(served)
-            row = {spec.name: oip.row_of(spec, asked.features)}
-            answer = await self._predictor.predict(served, row, None, controls)
-            counted.answer(answer)
-            body = answers.predict_answer(served, answer, self._identity.region)
-            return whole(body, answers.answer_headers(served, answer, len(body)))
+        noted = note(request.scope)
+        controls = controls_of(request.scope["headers"], self._predictor.now())
+        asked = oip.parse(await self._body(request, noted), _PREDICT)
+        served = self._meant(asked.model, noted)
+        spec = _only_input(served)
+        answers.check_json(served)
+        row = {spec.name: oip.row_of(spec, asked.features)}
+        answer = await self._predictor.predict(served, row, None, controls)
+        _answered(noted, answer)
+        body = answers.predict_answer(served, answer, self._identity.region)
+        return whole(body, answers.answer_headers(served, answer, len(body)))
 
     async def batch_predict(self, request: Request) -> Response:
-        with self._counted(request) as counted:
-            controls = controls_of(request.headers, self._predictor.now())
-            asked = oip.parse(await self._body(request, counted), _BATCH)
-            served = self._meant(asked.model, counted)
-            if not 0 < len(asked.features) <= self._limits.batch_rows:
-                raise BadInput(f"features has {len(asked.features)} rows; a batch has 1 to {self._limits.batch_rows}")
-            spec = _only_input(served)
-            answers.check_json(served)
-            rows = [{spec.name: _row(spec, features, i)} for i, features in enumerate(asked.features)]
-            found = await self._predictor.predict_rows(served, rows, controls)
-            computed = [a for a in found if not a.cached]
-            counted.answer(computed[0] if computed else found[0])
-            counted.rows = len(computed)
-            predictions = [oip.prediction_of(a.body)[0] for a in found]
-            tail = {"count": len(found), "cached": [a.cached for a in found], "edge_region": self._identity.region}
-            tail |= {"model": served.name, "version": served.wanted.version, "digest": served.digest}
-            body = b'{"predictions":[' + b",".join(predictions) + b"]," + msgspec.json.encode(tail)[1:]
-            return whole(body, _batch_headers(served, found) + answers.body_headers(len(body)))
+        noted = note(request.scope)
+        controls = controls_of(request.scope["headers"], self._predictor.now())
+        asked = oip.parse(await self._body(request, noted), _BATCH)
+        served = self._meant(asked.model, noted)
+        if not 0 < len(asked.features) <= self._limits.batch_rows:
+            raise BadInput(f"features has {len(asked.features)} rows; a batch has 1 to {self._limits.batch_rows}")
+        spec = _only_input(served)
+        answers.check_json(served)
+        rows = [{spec.name: _row(spec, features, i)} for i, features in enumerate(asked.features)]
+        found = await self._predictor.predict_rows(served, rows, controls)
+        computed = [a for a in found if not a.cached]
+        _answered(noted, computed[0] if computed else found[0])
+        predictions = [oip.prediction_of(a.body)[0] for a in found]
+        tail = {"count": len(found), "cached": [a.cached for a in found], "edge_region": self._identity.region}
+        tail |= {"model": served.name, "version": served.wanted.version, "digest": served.digest}
+        body = b'{"predictions":[' + b",".join(predictions) + b"]," + msgspec.json.encode(tail)[1:]
+        return whole(body, _batch_headers(served, found) + answers.body_headers(len(body)))
 
     async def infer(self, request: Request) -> Response:
-        with self._counted(request) as counted:
-            controls = controls_of(request.headers, self._predictor.now())
-            body = await self._body(request, counted)
-            served = named(self._slots, request)
-            counted.model(served)
-            asked, binary = oip.parse_infer(body, request.headers.get(JSON_LENGTH))
-            oip.check_datatypes(asked, served.inputs)
-            inputs = oip.tensors_of(asked, binary)
-            if list(inputs) == [""]:
-                # Our client does not ask for the signature first: its one tensor is the model's one input.
-                inputs = {_only_input(served).name: inputs[""]}
-            counted.rows = max((a.shape[0] for a in inputs.values() if a.shape), default=1)
-            if counted.rows > self._limits.batch_rows:
-                raise BadInput(f"a request has at most {self._limits.batch_rows} rows")
-            as_binary = oip.binary_outputs(asked, served.outputs)
-            answer = await self._predictor.predict(served, inputs, asked.output_names, controls, asked.meaning)
-            counted.answer(answer)
-            return _infer_answer(served, answer, asked.id, as_binary)
+        noted = note(request.scope)
+        controls = controls_of(request.scope["headers"], self._predictor.now())
+        body = await self._body(request, noted)
+        served = named(self._slots, request)
+        _named(noted, served)
+        asked, binary = oip.parse_infer(body, request.headers.get(JSON_LENGTH))
+        oip.check_datatypes(asked, served.inputs)
+        inputs = oip.tensors_of(asked, binary)
+        if list(inputs) == [""]:
+            # Our client does not ask for the signature first: its one tensor is the model's one input.
+            inputs = {_only_input(served).name: inputs[""]}
+        if any(array.shape and array.shape[0] > self._limits.batch_rows for array in inputs.values()):
+            raise BadInput(f"a request has at most {self._limits.batch_rows} rows")
+        as_binary = oip.binary_outputs(asked, served.outputs)
+        answer = await self._predictor.predict(served, inputs, asked.output_names, controls, asked.meaning)
+        _answered(noted, answer)
+        return _infer_answer(served, answer, asked.id, as_binary)
 
-    @contextmanager
-    def _counted(self, request: Request) -> Iterator[Counted]:
-        counted, began, ok = Counted(note(request.scope)), time.perf_counter_ns(), False
-        noted = counted.noted
-        try:
-            yield counted
-            ok = True
-        finally:
-            if noted.model is not None:
-                self._statistics.add(noted.model, noted.tier, ok, time.perf_counter_ns() - began, counted.rows)
-
-    async def _body(self, request: Request, counted: Counted) -> bytes:
+    async def _body(self, request: Request, noted: Note) -> bytes:
         body = await read_body(request, self._limits.body_bytes)
-        counted.noted.request_bytes = len(body)
+        noted.request_bytes = len(body)
         return body
 
-    def _meant(self, name: str | None, counted: Counted) -> Served:
+    def _meant(self, name: str | None, noted: Note) -> Served:
         served = self._slots.meant(name).serving
-        counted.model(served)
+        _named(noted, served)
         return served
+
+
+def _named(noted: Note, served: Served) -> None:
+    noted.model = ModelRef(name=served.name, version=served.wanted.version, digest=served.digest)
+
+
+def _answered(noted: Note, answer: Answer) -> None:
+    noted.tier, noted.key = answer.tier, answer.key
 
 
 def _infer_answer(served: Served, answer: Answer, request_id: str | None, as_binary: frozenset[str]) -> Response:

@@ -38,6 +38,7 @@ from edge_node.serving.origin_client import OriginClient
 from edge_node.serving.predict import Predictor
 from edge_node.serving.reporter import Identity, Reporter, Standing
 from edge_node.serving.routes import Doors, Limits, build_app
+from edge_node.serving.statistics import Statistics
 from edge_node.serving.swaps import Swaps
 from inference.onnx_model import SessionSettings
 from processes import logs
@@ -86,7 +87,8 @@ class Worker:
         self.writer = Writer(appender, source=f"/regions/{settings.region}/nodes/{settings.node}")
         self.view = BoardView(reader)
         self.slots = Slots(settings.default_model, settings.run_threads)
-        self.reporter = Reporter(self.identity, self.writer, self._standing)
+        statistics = Statistics()
+        self.reporter = Reporter(self.identity, self.writer, self._standing, statistics)
         self.swaps = Swaps(
             self.slots,
             settings.dir,
@@ -103,6 +105,7 @@ class Worker:
             self.predictor,
             self.identity,
             Limits(settings.max_body_bytes, settings.max_batch_rows),
+            statistics,
         )
         self.app = build_app(doors, self.health, self.reporter.rows, self.identity)
         self.lane = Lane(

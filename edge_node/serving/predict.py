@@ -27,7 +27,6 @@ import msgspec
 import numpy as np
 
 from edge_node.caching.cache import Cache
-from edge_node.caching.keys import prediction_key
 from edge_node.caching.lookup import Verdict
 from edge_node.caching.tallies import missed
 from edge_node.serving.batches import Ask, Job
@@ -137,7 +136,7 @@ class Predictor:
         check(served, rows, outputs)
         asks = []
         for inputs in rows:
-            key = prediction_key(served.name, served.digest, inputs, outputs, parameters, controls.tenant)
+            key = served.key_of(inputs, outputs, parameters, controls.tenant)
             asks.append(Ask(served, key, inputs, outputs, controls, controls.as_of, deadline))
         with served.held():
             found = self._find(asks)

@@ -23,6 +23,7 @@ from prometheus_client import Histogram
 
 from edge_node.caching import tallies
 from edge_node.serving.rows import Column, Rows, Taken
+from edge_node.serving.statistics import Statistics
 from schemas.errors import MlcdnError
 from schemas.events import NO_MODEL, TIERS, Event, Location, NodeBeat, NodeLeft, RequestBatch, ServedModel
 from schemas.events.traffic import MAX_ROWS
@@ -63,10 +64,12 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
 class Reporter:
     """One event loop owns it. `standing` is asked at every beat."""
 
-    def __init__(self, identity: Identity, writer: Writer, standing: Callable[[], Standing]) -> None:
+    def __init__(
+        self, identity: Identity, writer: Writer, standing: Callable[[], Standing], statistics: Statistics
+    ) -> None:
         self.identity, self._writer, self._standing = identity, writer, standing
         self.rows_dropped = 0
-        self.rows = Rows()
+        self.rows, self._statistics = Rows(), statistics
         self._dropped_unreported = 0
         self._beat = 0
         self._acknowledging: asyncio.Task[None] | None = None
@@ -210,6 +213,7 @@ class Reporter:
             self._hits[TIERS[index]] += len(here)
         self._errors += int(np.count_nonzero(status >= 500))
         self._latencies.append(latency_us)
+        self._statistics.add(taken)
 
     def _show_hit_rates(self) -> None:
         answered = sum(self._hits.values()) - self._hits["none"]

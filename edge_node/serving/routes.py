@@ -73,10 +73,17 @@ _INDEX = msgspec.json.Decoder(_IndexRequest)
 class Doors(PredictionDoors):
     """The endpoints: predictions, and what is said of models and of the worker."""
 
-    def __init__(self, state: State, slots: Slots, predictor: Predictor, identity: Identity, limits: Limits) -> None:
-        self.statistics = Statistics()
-        super().__init__(slots, predictor, identity, limits, self.statistics)
-        self._state = state
+    def __init__(
+        self,
+        state: State,
+        slots: Slots,
+        predictor: Predictor,
+        identity: Identity,
+        limits: Limits,
+        statistics: Statistics,
+    ) -> None:
+        super().__init__(slots, predictor, identity, limits)
+        self._state, self.statistics = state, statistics
 
     async def model(self, request: Request) -> Response:
         slot, served = self._at(request)
@@ -141,7 +148,9 @@ class Doors(PredictionDoors):
 
 def paths(doors: Doors) -> list[tuple[str, str, Endpoint]]:
     """Method, path, door."""
+    # Those in the order of how often they are asked for: they are tried one after the other.
     found: list[tuple[str, str, Endpoint]] = [
+        ("POST", "/v2/models/{model}/infer", doors.infer),
         ("POST", "/predict", doors.predict),
         ("POST", "/batch_predict", doors.batch_predict),
         ("GET", "/v2", doors.server),
@@ -162,9 +171,8 @@ def paths(doors: Doors) -> list[tuple[str, str, Endpoint]]:
             ("GET", f"{prefix}/ready", doors.model_ready),
             ("GET", f"{prefix}/config", doors.model_config),
             ("GET", f"{prefix}/stats", doors.model_stats),
-            ("POST", f"{prefix}/infer", doors.infer),
         ]
-    return found
+    return [*found, ("POST", "/v2/models/{model}/versions/{version}/infer", doors.infer)]
 
 
 def build_app(doors: Doors, state: State, rows: Rows, identity: Identity) -> Starlette:

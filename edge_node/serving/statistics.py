@@ -1,8 +1,8 @@
 """How many requests a worker answered, model by model, and how long they took: the counters behind `/stats`.
 
-`add` is one call an answered request, for every door; what the engine knows of its runs is in its own histograms.
+They are made of the request rows, whichever door answered; what the engine knows of its runs is in its own histograms.
 
-Laws: numbers only grow; they are this worker's, since it started. A model that nobody serves any more is forgotten once
+Laws: numbers only grow; they are this worker's, since it started, up to its last report. A model that nobody serves any more is forgotten once
 `MOST` are known. It must not know HTTP, or why a request failed.
 """
 
@@ -11,22 +11,35 @@ from __future__ import annotations
 import time
 from typing import Any, Final
 
+import numpy as np
 from prometheus_client import REGISTRY
 
-from schemas.events import ModelRef
+from edge_node.serving.rows import Taken
+from schemas.events import TIERS, ModelRef
 
 MOST: Final = 4_096
-_CACHED: Final = frozenset({"memory", "redis", "disk"})
+# The tiers before a model or an origin, in the order of a row's column.
+_CACHED: Final = TIERS[: TIERS.index("model")]
 
 
 class Counts:
     """Of one release. Times are in nanoseconds, from a request's first byte at its door to its answer."""
 
-    __slots__ = ("failed", "failed_ns", "hit_ns", "hits", "last_ms", "missed", "missed_ns", "rows")
+    __slots__ = ("failed", "failed_ns", "hit_ns", "hits", "last_ms", "missed", "missed_ns")
 
     def __init__(self) -> None:
         self.failed = self.failed_ns = self.hits = self.hit_ns = 0
-        self.missed = self.missed_ns = self.rows = self.last_ms = 0
+        self.missed = self.missed_ns = self.last_ms = 0
+
+    def add(self, what: str, count: int, ns: int) -> None:
+        if what == "failed":
+            self.failed, self.failed_ns = self.failed + count, self.failed_ns + ns
+        elif what == "hit":
+            self.hits, self.hit_ns = self.hits + count, self.hit_ns + ns
+        else:
+            self.missed, self.missed_ns = self.missed + count, self.missed_ns + ns
+            if count:
+                self.last_ms = time.time_ns() // 1_000_000
 
 
 class Statistics:
@@ -35,22 +48,16 @@ class Statistics:
     def __init__(self) -> None:
         self._of: dict[ModelRef, Counts] = {}
 
-    def add(self, model: ModelRef, tier: str, ok: bool, ns: int, rows: int = 1) -> None:
-        """A request was answered, by `tier` if it is `ok`; `rows` are those that its answer has."""
-        counts = self._of.get(model)
-        if counts is None:
-            counts = self._new(model)
-        if not ok:
-            counts.failed += 1
-            counts.failed_ns += ns
-        elif tier in _CACHED:
-            counts.hits += 1
-            counts.hit_ns += ns
-        else:
-            counts.missed += 1
-            counts.missed_ns += ns
-            counts.rows += rows
-            counts.last_ms = time.time_ns() // 1_000_000
+    def add(self, taken: Taken) -> None:
+        """Rows of answered requests."""
+        columns = taken.columns
+        ok, hit = columns["status"] < 400, columns["tier"] < len(_CACHED)
+        latency_ns = columns["latency_us"].astype(np.int64) * 1_000
+        for index, ref in enumerate(taken.models):
+            here = columns["model"] == index
+            counts = self._of.get(ref) or self._new(ref)
+            for what, mask in (("failed", ~ok), ("hit", ok & hit), ("missed", ok & ~hit)):
+                counts.add(what, int(np.count_nonzero(here & mask)), int(latency_ns[here & mask].sum()))
 
     def said(self, model: ModelRef) -> dict[str, Any]:
         """In the words of Triton's statistics extension."""
@@ -58,11 +65,12 @@ class Statistics:
         name = {"model": model.name}
         runs, run_ns = _histogram("mlcdn_run_seconds", name)
         queued, queue_ns = _histogram("mlcdn_queue_seconds", name)
+        rows = int(_sum_of("mlcdn_batch_rows", name))
         return {
             "name": model.name,
             "version": model.version,
             "last_inference": counts.last_ms,
-            "inference_count": counts.rows,
+            "inference_count": rows,
             "execution_count": runs,
             "inference_stats": {
                 "success": _pair(counts.hits + counts.missed, counts.hit_ns + counts.missed_ns),
@@ -90,11 +98,17 @@ def _pair(count: int, ns: int) -> dict[str, int]:
 
 def _histogram(metric: str, labels: dict[str, str]) -> tuple[int, int]:
     """Observations of the engine's, and their sum in nanoseconds: all versions of a model share its engine."""
-    names = (f"{metric}_count", f"{metric}_sum")
-    count, total = 0.0, 0.0
-    for family in REGISTRY.restricted_registry(names).collect():
-        for sample in family.samples:
-            if labels.items() <= sample.labels.items():
-                count += sample.value if sample.name == names[0] else 0
-                total += sample.value if sample.name == names[1] else 0
-    return int(count), int(total * 1e9)
+    return int(_read(f"{metric}_count", labels)), int(_sum_of(metric, labels) * 1e9)
+
+
+def _sum_of(metric: str, labels: dict[str, str]) -> float:
+    return _read(f"{metric}_sum", labels)
+
+
+def _read(sample: str, labels: dict[str, str]) -> float:
+    return sum(
+        each.value
+        for family in REGISTRY.restricted_registry((sample,)).collect()
+        for each in family.samples
+        if each.name == sample and labels.items() <= each.labels.items()
+    )
