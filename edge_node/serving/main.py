@@ -116,6 +116,7 @@ class Worker:
             self.identity,
             settings.max_batch_rows,
             settings.memory_cache_bytes // LANE_SHARE,
+            settings.max_body_bytes,
         )
         self._followed: object = None
 

@@ -119,7 +119,8 @@ class LaneProtocol(GuardedProtocol):
             and not parser.should_upgrade()
         ):
             head = admitted(raw, self.url, self.headers)
-            if head is not None:
+            # A head is known whatever its answer was: the full path's 413 must not become the lane's 200.
+            if head is not None and head.length <= self._lane.max_body_bytes:
                 self._lane.repeats.know(raw, head)
 
     # -- answers out

@@ -75,9 +75,11 @@ class Lane:
         identity: Identity,
         max_rows: int,
         max_bytes: int,
+        max_body_bytes: int,
     ) -> None:
         self._slots, self._predictor, self._rows, self._region = slots, predictor, rows, identity.region
         self._max_rows = max_rows
+        self.max_body_bytes = max_body_bytes
         self.fence = fence.slots
         self.repeats = Repeats(max_bytes)
         self.heads = self.repeats.heads
