@@ -126,7 +126,7 @@ class OnnxModel:
         """BadTensor unless names, types, ranks, fixed dimensions and string elements are what the signature says."""
         for name in inputs:
             if name not in self._inputs:
-                raise BadTensor(f"unknown input {name!r}; the model has {sorted(self._inputs)}")
+                raise BadTensor(f"unknown input {name[:80]!r}; the model has {sorted(self._inputs)}")
         for spec in self.inputs:
             if spec.name in inputs:
                 _check_tensor(spec, inputs[spec.name])
@@ -143,7 +143,7 @@ class OnnxModel:
         names = self.output_names if outputs is None else outputs
         for name in names:
             if name not in self._outputs:
-                raise BadTensor(f"unknown output {name!r}; the model has {list(self._outputs)}")
+                raise BadTensor(f"unknown output {name[:80]!r}; the model has {list(self._outputs)}")
         feed = {name: _to_text(name, a) if name in self._strings else a for name, a in inputs.items()}
         if deadline is None:
             values = self._call(session, names, feed, None)
