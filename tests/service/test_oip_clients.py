@@ -166,6 +166,8 @@ def test_statistics_are_counted(client: triton.InferenceServerClient) -> None:
     def said() -> Any:
         return client.get_inference_statistics("cube")["model_stats"][0]
 
+    # What was asked of the model by the tests before is reported by now.
+    time.sleep(0.3)
     before = said()
     values = np.full((3, 5, 2), time.time_ns() % 10**9)
     for _ in range(2):
