@@ -22,14 +22,9 @@ import msgspec
 import numpy as np
 
 from inference.datatypes import FREE, TensorSpec
-from inference.oip_answers import binary_answer, infer_answer
 from inference.oip_binary import checked_array
 from inference.oip_json import MAX_RANK, array_of_json, check_shape, loads, no_bf16
-from inference.packed import pack_outputs as encode_outputs
-from inference.packed import prediction_of
 from schemas.errors import BadInput, BadTensor
-
-__all__ = ["binary_answer", "encode_outputs", "infer_answer", "prediction_of"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Parameters = dict[str, str | int | float | bool]

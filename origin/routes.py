@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from inference import protocol
+from inference.oip_answers import binary_answer
 from inference.packed import pack_outputs
 from origin.hosting import Hosted, Hosting
 from schemas import codec, names
@@ -101,9 +102,7 @@ class _Routes:
         as_binary = protocol.binary_outputs(asked, hosted.model.outputs)
         found = await self._hosting.run(hosted, inputs, asked.output_names)
         packed = pack_outputs(found, hosted.model.outputs)
-        whole, json_length = protocol.binary_answer(
-            hosted.wanted.model, hosted.wanted.version, asked.id, packed, as_binary
-        )
+        whole, json_length = binary_answer(hosted.wanted.model, hosted.wanted.version, asked.id, packed, as_binary)
         if not as_binary:
             return Response(whole, headers=_served(hosted), media_type="application/json")
         headers = _served(hosted) | {_JSON_LENGTH: str(json_length)}

@@ -79,6 +79,7 @@ MODELS: dict[str, bytes] = {
     "scalar": models.identity_bytes(models.FLOAT, []),
     "fixed": models.identity_bytes(models.FLOAT, [3]),
     "cube": models.identity_bytes(models.INT64, ["N", None, 2]),
+    "counted": models.identity_bytes(models.INT64, ["N", None, 2]),  # only by the test that counts
     "several": sum_and_text_bytes(),
     "flowers": label_and_probabilities_bytes(["setosa", "versicolor", "virginica"]),
     "not_a_number": models.nan_bytes(),

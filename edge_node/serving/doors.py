@@ -26,6 +26,8 @@ from edge_node.serving.repository import named
 from edge_node.serving.served import Served
 from inference import protocol as oip
 from inference.datatypes import TensorSpec
+from inference.oip_answers import binary_answer
+from inference.packed import prediction_of
 from schemas.errors import BadInput, BadTensor
 from schemas.events import ModelRef
 
@@ -68,7 +70,7 @@ class PredictionDoors:
         found = await self._predictor.predict_rows(served, rows, controls)
         computed = [a for a in found if not a.cached]
         _answered(noted, computed[0] if computed else found[0])
-        predictions = [oip.prediction_of(a.body)[0] for a in found]
+        predictions = [prediction_of(a.body)[0] for a in found]
         tail = {"count": len(found), "cached": [a.cached for a in found], "edge_region": self._identity.region}
         tail |= {"model": served.name, "version": served.wanted.version, "digest": served.digest}
         body = b'{"predictions":[' + b",".join(predictions) + b"]," + msgspec.json.encode(tail)[1:]
@@ -116,7 +118,7 @@ def _infer_answer(served: Served, answer: Answer, request_id: str | None, as_bin
     if not as_binary:
         body = answers.infer_answer(served, answer.body, request_id)
         return whole(body, answers.answer_headers(served, answer, len(body)))
-    body, head = oip.binary_answer(served.name, served.wanted.version, request_id, answer.body, as_binary)
+    body, head = binary_answer(served.name, served.wanted.version, request_id, answer.body, as_binary)
     headers = answers.answer_headers(served, answer, len(body), answers.BINARY)
     return whole(body, [*headers, (JSON_LENGTH.encode(), b"%d" % head)])
 

@@ -2,8 +2,8 @@
 
 They are made of the request rows, whichever door answered; what the engine knows of its runs is in its own histograms.
 
-Laws: numbers only grow; they are this worker's, since it started, up to its last report. A model that nobody serves any more is forgotten once
-`MOST` are known. It must not know HTTP, or why a request failed.
+Laws: numbers only grow; they are this worker's, since it started, up to its last report. A model that nobody serves any
+more is forgotten once `MOST` are known. It must not know HTTP, or why a request failed.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
 from tritonclient.utils import InferenceServerException
 
-from tests.edge_node_process import until
 from tests.oip_node import ALL, NUMBERS, OipNode, array, identity_name
 
 
@@ -163,29 +162,25 @@ def test_what_is_asked_of_a_server_before_it_is_used(node: OipNode, client: trit
 
 
 def test_statistics_are_counted(client: triton.InferenceServerClient) -> None:
-    def said() -> Any:
-        return client.get_inference_statistics("cube")["model_stats"][0]
-
-    # What was asked of the model by the tests before is reported by now.
-    time.sleep(0.3)
-    before = said()
-    values = np.full((3, 5, 2), time.time_ns() % 10**9)
+    values = np.arange(30).reshape(3, 5, 2)
     for _ in range(2):
-        client.infer("cube", [tensor(triton, "x", "INT64", values)])
+        client.infer("counted", [tensor(triton, "x", "INT64", values)])
     with pytest.raises(InferenceServerException):
-        client.infer("cube", [tensor(triton, "x", "FP32", array("FP32"))])
-    # Rows of requests are counted when they are reported.
-    fail = before["inference_stats"]["fail"]["count"]
-    until(lambda: said()["inference_stats"]["fail"]["count"] > fail, 5.0)
-    after = said()
-    # Not a batching model: a request is one inference, whatever its first dimension.
-    assert after["inference_count"] - before["inference_count"] == 1
-    for what in ("cache_hit", "cache_miss", "fail"):
-        assert after["inference_stats"][what]["count"] - before["inference_stats"][what]["count"] == 1, what
-        assert after["inference_stats"][what]["ns"] > before["inference_stats"][what]["ns"]
-    assert after["execution_count"] - before["execution_count"] == 1
-    assert after["inference_stats"]["compute_infer"]["ns"] > before["inference_stats"]["compute_infer"]["ns"]
-    assert client.get_inference_statistics()["model_stats"]
+        client.infer("counted", [tensor(triton, "x", "FP32", array("FP32"))])
+    end = time.monotonic() + 10
+    while True:
+        (said,) = client.get_inference_statistics("counted")["model_stats"]
+        stats = said["inference_stats"]
+        if stats["success"]["count"] + stats["fail"]["count"] >= 3:
+            break
+        assert time.monotonic() < end, said
+        time.sleep(0.05)
+    counts = {what: stats[what]["count"] for what in ("success", "fail", "cache_hit", "cache_miss", "compute_infer")}
+    assert counts == {"success": 2, "fail": 1, "cache_hit": 1, "cache_miss": 1, "compute_infer": 1}
+    assert all(stats[what]["ns"] > 0 for what in counts)
+    assert (said["name"], said["version"], said["execution_count"]) == ("counted", "v1", 1)
+    assert said["last_inference"] > 1.6e12
+    assert "counted" in {each["name"] for each in client.get_inference_statistics()["model_stats"]}
 
 
 def test_the_version_before_the_live_one_is_served_to_who_names_it(
