@@ -268,15 +268,21 @@ def test_a_hundred_slow_connections_hold_up_nobody(worker: WorkerProcess) -> Non
             client.close()
 
 
+def not_reading(worker: WorkerProcess) -> float:
+    """Connections cut because their client took no answers: which limit it met first is a matter of buffers."""
+    cut = worker.cut()
+    return cut.get("unread", 0) + cut.get("pipelined", 0)
+
+
 def test_clients_that_never_read_are_cut_and_hold_little(worker: WorkerProcess) -> None:
-    before, cut = rss_bytes(worker.process.pid), worker.cut().get("unread", 0)
+    before, cut = rss_bytes(worker.process.pid), not_reading(worker)
     clients = [worker.connect(receive_buffer=4_096) for _ in range(4)]
     asked = get(b"GET /metrics HTTP/1.1\r\nHost: edge\r\n")
     try:
         for client in clients:
             client.setblocking(False)
         until = time.monotonic() + 25
-        while worker.cut().get("unread", 0) < cut + len(clients) and time.monotonic() < until:
+        while not_reading(worker) < cut + len(clients) and time.monotonic() < until:
             for client in clients:
                 try:
                     client.send(asked * 100)
@@ -287,7 +293,29 @@ def test_clients_that_never_read_are_cut_and_hold_little(worker: WorkerProcess) 
     finally:
         for client in clients:
             client.close()
-    assert worker.cut()["unread"] >= cut + len(clients)
+    assert not_reading(worker) >= cut + len(clients)
+
+
+def test_a_client_that_asks_the_usual_and_never_reads_is_cut(worker: WorkerProcess) -> None:
+    """One request at a time, as the fast lane has them."""
+    before, cut = rss_bytes(worker.process.pid), not_reading(worker)
+    rows = {"name": "features", "datatype": "FP32", "shape": [16, 32], "data": [[1.0] * 32] * 16}
+    asked = post(b"", json.dumps({"inputs": [rows]}).encode(), path=b"/v2/models/digits/infer")
+    assert statuses(exchange(worker, asked)) == [200]
+    with worker.connect(receive_buffer=4_096) as client:
+        client.setblocking(False)
+        until = time.monotonic() + 25
+        while worker.lives() and time.monotonic() < until:
+            try:
+                for _ in range(200):
+                    client.send(asked)
+                    time.sleep(0.0005)
+            except BlockingIOError:
+                time.sleep(0.1)
+            except ConnectionError:
+                break
+        assert rss_bytes(worker.process.pid) - before < 32 * 2**20
+    assert not_reading(worker) > cut
 
 
 def test_an_idle_connection_is_closed(worker: WorkerProcess) -> None:

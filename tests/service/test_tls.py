@@ -15,7 +15,12 @@ import httpx
 import pytest
 import trustme
 
+from mlcdn.local_stack.running import RunningStack
 from processes.tls import Certificate, CertificateRefused, certificate_of
+from schemas import codec
+from schemas.events import NodeBeat
+from schemas.topics import FLEET
+from streams.log.reader import KafkaReader
 from tests.edge_node_process import until
 from tests.worker_process import WorkerProcess
 
@@ -169,10 +174,23 @@ def test_a_client_without_the_authority_refuses_us(worker: WorkerProcess) -> Non
         connect(worker, ssl.create_default_context())
 
 
-def test_the_url_that_is_advertised_is_https(worker: WorkerProcess) -> None:
-    assert worker.predict().status_code == 200
-    health = httpx.get(f"https://127.0.0.1:{worker.port}/health", verify=False, trust_env=False)
-    assert health.status_code == 200
+def test_the_url_that_is_advertised_is_https(stack: RunningStack, authority: Authority, tmp_path: Path) -> None:
+    authority.issue()
+    settings = {"tls_cert": authority.chain, "tls_key": authority.key, "kafka": stack.addresses.kafka}
+    with WorkerProcess(tmp_path / "node", node="tls-1", beat_s=0.2, **settings) as worker:
+        assert worker.predict().status_code == 200
+        reader = KafkaReader(stack.addresses.kafka)
+
+        def beats() -> list[NodeBeat] | None:
+            events = [
+                codec.decode(record.topic, record.key, record.value, record.headers).event
+                for partition in range(FLEET.partitions)
+                for record in reader.read(FLEET.name, partition)
+                if record.key == b"tls-1"
+            ]
+            return [event for event in events if isinstance(event, NodeBeat)] or None
+
+        assert {beat.url for beat in until(beats, 20)} == {f"https://127.0.0.1:{worker.port}"}
 
 
 def test_a_pair_is_asked_for_whole(authority: Authority) -> None:
