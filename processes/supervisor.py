@@ -3,46 +3,35 @@
 Laws:
 1. One task a child owns its whole life: wait for what it comes `after`, spawn, poll `ready`, watch, restart. Whoever
    wants the child gone cancels that task first, so nothing can bring it back.
-2. A child that exits before it is ready fails at once, with its exit code and its last log lines; only a silent
-   one costs the timeout.
-3. An exit nobody asked for is followed by a restart after 0.1 s, doubled each time up to 5 s. After `max_restarts` the
+2. An exit nobody asked for is followed by a restart after 0.1 s, doubled each time up to 5 s. After `max_restarts` the
    supervisor gives up, and `run_until` raises. A life of 30 s forgives the count.
-4. Every process that was started is reported to `on_exit` exactly once, after it was reaped.
-5. Children are stopped after everything that comes `after` them: SIGTERM (and SIGCONT, a paused child must hear
-   it), then SIGKILL to the whole group. They have a session of their own, so Ctrl-C reaches only the parent, and they
-   die with it (see parent_death for the thread that must stay alive).
+3. Children are stopped after everything that comes `after` them.
 
 It must not know what its children do, only how they start, answer and end.
 """
 
 import asyncio
-import contextlib
 import graphlib
 import logging
 import os
 import signal
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
 from processes.child import Child, GaveUp, StartFailed, SupervisorError
-from processes.child_output import last_lines, open_log, pump, to_stderr
-from processes.parent_death import GroupWatcher, group_watcher, tied_to_parent
+from processes.child_output import to_stderr
+from processes.child_process import ChildProcess, OnExit
+from processes.parent_death import GroupWatcher, group_watcher
 
 log = logging.getLogger(__name__)
 
 __all__ = ["Child", "GaveUp", "StartFailed", "Supervisor", "SupervisorError"]
 
-POLL_S = 0.05
 FIRST_BACKOFF_S = 0.1
 LAST_BACKOFF_S = 5.0
 FORGIVEN_AFTER_S = 30.0
-
-
-OnExit = Callable[[str, int, int], None]
 
 
 class Supervisor:
@@ -92,7 +81,7 @@ class Supervisor:
         if kept.keeper is not None:
             kept.keeper.cancel()
             await asyncio.wait({kept.keeper})
-        await self._end(kept, with_signal)
+        await kept.process.end(with_signal)
 
     async def start_child(self, name: str) -> None:
         """Starts one that was stopped, and returns when it is ready. The same argv, so the same ports and data."""
@@ -117,7 +106,7 @@ class Supervisor:
 
     def pids(self) -> dict[str, int]:
         """The running children."""
-        return {name: kept.pid for name, kept in self._kept.items() if kept.pid is not None}
+        return {name: pid for name, kept in self._kept.items() if (pid := kept.process.pid) is not None}
 
     def at_stop(self, callback: Callable[[], None]) -> None:
         """Registers what is to be released after the last child has gone; latest first."""
@@ -143,7 +132,7 @@ class Supervisor:
         if keepers:
             await asyncio.wait(keepers)
         for generation in reversed(self._generations(check=False)):
-            await asyncio.gather(*(self._end(self._kept[name], signal.SIGTERM) for name in generation))
+            await asyncio.gather(*(self._kept[name].process.end(signal.SIGTERM) for name in generation))
         self._kept.clear()
         while self._at_stop:
             self._at_stop.pop()()
@@ -164,7 +153,9 @@ class Supervisor:
     def _register(self, child: Child) -> "_Kept":
         if child.name in self._kept:
             raise ValueError(f"two children named {child.name}")
-        kept = self._kept[child.name] = _Kept(child)
+        kept = self._kept[child.name] = _Kept(
+            ChildProcess(child, on_exit=self._on_exit, write_line=self._write_line, watcher=self._group_watcher)
+        )
         return kept
 
     def _generations(self, *, check: bool = True) -> list[tuple[str, ...]]:
@@ -202,7 +193,7 @@ class Supervisor:
                     await asyncio.shield(self._kept[name].up)
                 except StartFailed as error:
                     raise StartFailed(kept.child.name, f"needs {name}: {error}") from error
-            await self._launch(kept)
+            await kept.process.launch()
             kept.up.set_result(None)
         except StartFailed as error:
             failure = error
@@ -216,12 +207,12 @@ class Supervisor:
     async def _restart_for_ever(self, kept: "_Kept") -> None:
         child = kept.child
         while True:
-            if kept.exit is not None:
-                await asyncio.wait({kept.exit})
-                if kept.ready_at is not None and time.monotonic() - kept.ready_at >= FORGIVEN_AFTER_S:
+            if kept.process.exit is not None:
+                await asyncio.wait({kept.process.exit})
+                if kept.process.ready_at is not None and time.monotonic() - kept.process.ready_at >= FORGIVEN_AFTER_S:
                     kept.restarts = 0
             if not child.restart or kept.restarts >= child.max_restarts:
-                self._failure = GaveUp(child.name, f"died after {kept.restarts} restarts", kept.last_lines())
+                self._failure = GaveUp(child.name, f"died after {kept.restarts} restarts", kept.process.last_lines())
                 log.error("child_given_up", extra={"child": child.name, "restarts": kept.restarts})
                 self._failed.set()
                 return
@@ -230,131 +221,21 @@ class Supervisor:
             log.warning("child_restarting", extra={"child": child.name, "restart": kept.restarts, "after_s": delay})
             await asyncio.sleep(delay)
             try:
-                await self._launch(kept)
+                await kept.process.launch()
             except StartFailed as error:
                 log.warning("child_restart_failed", extra={"child": child.name, "error": str(error)})
 
-    async def _launch(self, kept: "_Kept") -> None:
-        kept.ready_at = None
-        await self._spawn(kept)
-        try:
-            await self._until_ready(kept)
-            kept.ready_at = time.monotonic()
-        except StartFailed:
-            await self._end(kept, signal.SIGKILL)
-            raise
-
-    async def _spawn(self, kept: "_Kept") -> None:
-        child = kept.child
-        kept.tail.clear()
-        kept.exit = None
-        output: int | None = None
-        try:
-            if self._watcher is None:
-                self._watcher = group_watcher()
-            match child.log:
-                case Path():
-                    output = open_log(child.log)
-                case "prefix":
-                    output = asyncio.subprocess.PIPE
-            process = await asyncio.create_subprocess_exec(
-                *child.argv,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=output,
-                stderr=None if output is None else asyncio.subprocess.STDOUT,
-                cwd=child.cwd,
-                env={**os.environ, **child.env},
-                start_new_session=True,
-                pass_fds=child.pass_fds,
-                preexec_fn=tied_to_parent(),
-            )
-        except OSError as error:
-            raise StartFailed(child.name, f"could not be started: {error}") from error
-        finally:
-            if output is not None and output >= 0:
-                os.close(output)
-        if self._watcher is not None:
-            self._watcher.add(process.pid)
-        kept.pid = process.pid
-        kept.exit = asyncio.create_task(self._reap(kept, process), name=f"reap:{child.name}")
-        log.debug("child_started", extra={"child": child.name, "child_pid": process.pid})
-
-    async def _reap(self, kept: "_Kept", process: asyncio.subprocess.Process) -> int:
-        name = kept.child.name
-        if process.stdout is not None:
-            await pump(process.stdout, kept.tail, lambda line: self._write_line(name, line))
-        code = await process.wait()
-        kept.pid = None
-        if self._watcher is not None:
-            self._watcher.remove(process.pid)
-        log.info("child_exited", extra={"child": name, "child_pid": process.pid, "returncode": code})
-        if self._on_exit is not None:
-            self._on_exit(name, process.pid, code)
-        return code
-
-    async def _until_ready(self, kept: "_Kept") -> None:
-        child = kept.child
-        if child.ready is None:
-            return
-        assert kept.exit is not None
-        polling = asyncio.ensure_future(_poll(child.name, child.ready, child.ready_timeout_s))
-        try:
-            await asyncio.wait({kept.exit, polling}, return_when=asyncio.FIRST_COMPLETED)
-            if kept.exit.done():
-                code = kept.exit.result()
-                raise StartFailed(child.name, f"exited with {code} before it was ready", kept.last_lines())
-            try:
-                polling.result()
-            except TimeoutError as error:
-                raise StartFailed(child.name, str(error), kept.last_lines()) from error
-        finally:
-            polling.cancel()
-            await asyncio.gather(polling, return_exceptions=True)
-
-    async def _end(self, kept: "_Kept", with_signal: signal.Signals) -> None:
-        if kept.exit is None or kept.pid is None:
-            return
-        # The group exists as long as its leader was not reaped, and `pid` is None from then on.
-        with contextlib.suppress(ProcessLookupError):
-            if with_signal is signal.SIGKILL:
-                os.killpg(kept.pid, signal.SIGKILL)
-            else:
-                os.kill(kept.pid, with_signal)
-                os.kill(kept.pid, signal.SIGCONT)
-        done, _ = await asyncio.wait({kept.exit}, timeout=kept.child.stop_timeout_s)
-        if not done:
-            log.warning("child_killed", extra={"child": kept.child.name, "after_s": kept.child.stop_timeout_s})
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(kept.pid, signal.SIGKILL)
-            await asyncio.wait({kept.exit})
+    def _group_watcher(self) -> GroupWatcher | None:
+        if self._watcher is None:
+            self._watcher = group_watcher()
+        return self._watcher
 
 
 class _Kept:
     """What the supervisor knows of one child."""
 
-    def __init__(self, child: Child) -> None:
-        self.child = child
+    def __init__(self, process: ChildProcess) -> None:
+        self.process, self.child = process, process.child
         self.up: asyncio.Future[None]
         self.keeper: asyncio.Task[None] | None = None
-        self.exit: asyncio.Task[int] | None = None
-        self.pid: int | None = None
-        self.ready_at: float | None = None
         self.restarts = 0
-        self.tail: deque[str] = deque(maxlen=20)
-
-    def last_lines(self) -> list[str]:
-        return last_lines(self.child.log) if isinstance(self.child.log, Path) else list(self.tail)
-
-
-async def _poll(name: str, ready: Callable[[], Awaitable[None]], timeout_s: float) -> None:
-    last = "no answer"
-    try:
-        async with asyncio.timeout(timeout_s):
-            while True:
-                try:
-                    return await ready()
-                except Exception as error:  # noqa: BLE001 (any refusal means "not yet"; the last one is reported)
-                    last = f"{type(error).__name__}: {error}"
-                await asyncio.sleep(POLL_S)
-    except TimeoutError:
-        raise TimeoutError(f"was not ready within {timeout_s:g} s ({last})") from None
