@@ -23,9 +23,11 @@ from typing import Self
 import httpx
 import pytest
 
+from edge_node import rolling
 from mlcdn.identities import ensure_identities
 from mlcdn.local_stack.running import RunningStack
 from processes.http_limits import KEPT_DESCRIPTORS, affordable
+from processes.supervisor import Child, Supervisor
 from tests import models
 from tests.edge_node_process import EdgeNode, Operator, node_settings, question, until
 from tests.service.test_worker import ROW
@@ -155,6 +157,35 @@ def test_connections_are_what_descriptors_allow() -> None:
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= used + 109
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# -- rolling
+
+
+@pytest.mark.parametrize("ends", ["comes-back", "never-accepts", "is-stopped"])
+def test_a_restart_goes_on_only_behind_a_worker_that_accepts(ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rolling, "ACCEPTS_S", 0.5)
+    names = ["worker-0", "worker-1"]
+
+    async def scenario() -> None:
+        async with Supervisor() as supervisor:
+            await supervisor.start(Child(name=name, argv=("sleep", "60")) for name in names)
+            before = supervisor.pids()
+            async with rolling.restarting_on_hangup(supervisor, names, lambda *_: ends == "comes-back"):
+                os.kill(os.getpid(), signal.SIGHUP)
+                await asyncio.sleep(0.1 if ends == "is-stopped" else 1.5)
+            after = supervisor.pids()
+            assert set(after) == set(names)
+            assert after["worker-0"] != before["worker-0"]
+            assert (after["worker-1"] != before["worker-1"]) == (ends == "comes-back")
+            # A hangup while the node stops is not the end of it.
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    hangup = signal.getsignal(signal.SIGHUP)
+    try:
+        asyncio.run(asyncio.wait_for(scenario(), 20))
+    finally:
+        signal.signal(signal.SIGHUP, hangup)
 
 
 # -- a node of two workers
