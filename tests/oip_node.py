@@ -79,6 +79,17 @@ MODELS: dict[str, bytes] = {
     "scalar": models.identity_bytes(models.FLOAT, []),
     "fixed": models.identity_bytes(models.FLOAT, [3]),
     "cube": models.identity_bytes(models.INT64, ["N", None, 2]),
+    "constant": models.model_bytes(
+        [models.node("Constant", [], ["y"], value=helper.make_tensor("v", TensorProto.FLOAT, [2], [1.0, 2.0]))],
+        [],
+        [models.value("y", models.FLOAT, [2])],
+    ),
+    "any_rank": models.identity_bytes(models.FLOAT, None),
+    "odd_names": models.model_bytes(
+        [models.node("Identity", ['a b/é"'], ["ü"])],
+        [models.value('a b/é"', models.FLOAT, ["N", 2])],
+        [models.value("ü", models.FLOAT, ["N", 2])],
+    ),
     "counted": models.identity_bytes(models.INT64, ["N", None, 2]),  # only by the test that counts
     "several": sum_and_text_bytes(),
     "flowers": label_and_probabilities_bytes(["setosa", "versicolor", "virginica"]),

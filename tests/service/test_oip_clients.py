@@ -137,6 +137,19 @@ def test_no_rows_scalars_and_free_dimensions(client: triton.InferenceServerClien
         assert bits(answer.as_numpy("y")) == bits(values), model
 
 
+def test_no_inputs_any_rank_and_odd_names(client: triton.InferenceServerClient) -> None:
+    assert client.infer("constant", []).as_numpy("y").tolist() == [1, 2]
+    assert client.get_model_metadata("any_rank")["inputs"][0]["parameters"] == {"any_rank": True}
+    for shape in ((), (3,), (1, 2, 3)):
+        values = np.ones(shape, np.float32)
+        assert client.infer("any_rank", [tensor(triton, "x", "FP32", values)]).as_numpy("y").shape == shape
+    values = np.ones((1, 2), np.float32)
+    for binary in (True, False):
+        answer = client.infer("odd_names", [tensor(triton, 'a b/é"', "FP32", values, binary=binary)])
+        assert np.array_equal(answer.as_numpy("ü"), values)
+    assert client.get_model_metadata("odd_names")["inputs"][0]["name"] == 'a b/é"'
+
+
 def test_what_is_asked_of_a_server_before_it_is_used(node: OipNode, client: triton.InferenceServerClient) -> None:
     assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("flowers")
     assert not client.is_model_ready("nothing")
