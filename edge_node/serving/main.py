@@ -31,6 +31,7 @@ from edge_node.caching.memory_tier import MemoryTier
 from edge_node.caching.redis_tier import RedisTier
 from edge_node.serving.board_view import BoardView
 from edge_node.serving.health import Health
+from edge_node.serving.lane import self_test
 from edge_node.serving.lane.connection import LaneProtocol
 from edge_node.serving.lane.lane import Lane
 from edge_node.serving.model_slot import Slots
@@ -266,6 +267,9 @@ def _listener(settings: Settings) -> socket.socket:
 def main() -> None:
     settings = catalogue.load()
     logs.configure(settings.log_level)
+    if settings.fast_lane and (cause := self_test.why_not()) is not None:
+        log.error("fast_lane_off", cause=cause)
+        settings = settings.model_copy(update={"fast_lane": False})
     uvloop.run(serve(settings))
 
 
