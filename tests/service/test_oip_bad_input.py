@@ -153,6 +153,18 @@ def test_a_wrong_tensor_is_400_and_is_named(node: OipNode, model: str, sent: dic
     assert len(answer.content) < 1_000
 
 
+def test_what_could_not_be_worded_is_refused_before_it_is_run(node: OipNode) -> None:
+    raw = raw_of(np.array([[1, 2]], np.uint16))
+    sent = tensor(datatype="BF16") | {"parameters": {"binary_data_size": len(raw)}}
+    del sent["data"]
+    head = json.dumps({"inputs": [sent]}).encode()
+    headers = {"inference-header-content-length": str(len(head))}
+    answer = node.http.post("/v2/models/identity_bf16/infer", content=head + raw, headers=headers)
+    assert answer.status_code == 400 and "ask for it with binary_data" in answer.json()["error"]
+    (said,) = node.http.get("/v2/models/identity_bf16/stats").json()["model_stats"]
+    assert said["execution_count"] == 0
+
+
 def test_an_empty_batch_is_a_batch(node: OipNode) -> None:
     answer = node.infer("identity_fp32", [tensor(shape=[0, 2], data=[])])
     assert answer.status_code == 200 and answer.json()["outputs"][0]["shape"] == [0, 2]
