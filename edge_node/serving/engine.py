@@ -34,6 +34,7 @@ from schemas.metrics import histogram
 
 # After this the loop sees to its sockets first.
 TICK_S: Final = 0.001
+IN_LOOP_MOST: Final = 4_096
 _THREAD_NICENESS: Final = 10
 
 log = structlog.get_logger()
@@ -68,6 +69,8 @@ class Engine:
         if not job.ask.served.cost.in_loop:
             self._admit(job)
             self._watch(job)
+        elif len(self._waiting) >= IN_LOOP_MOST:
+            raise Overloaded(f"model {self._name} has {IN_LOOP_MOST} computations waiting")
         job.ask.served.enter()
         self._waiting.add(job)
         batching = job.ask.served.wanted.released.batching
@@ -138,6 +141,10 @@ class Engine:
     def _run_in_thread(self, batch: list[Job]) -> None:
         self._said(batch, "busy" if self._busy else "tick")
         self._busy += 1
+        for job in batch:
+            # It came while the model still ran in the loop.
+            if job.timer is None:
+                self._watch(job)
         loop = asyncio.get_running_loop()
         future = loop.run_in_executor(self._threads, _timed, batch)
 
