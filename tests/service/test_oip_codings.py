@@ -15,9 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_node.serving.encodings import TooLarge, chosen, decoded, encoded
+from inference.oip_binary import raw_of
+from inference.oip_json import json_of
 from schemas.errors import BadInput
 from tests.edge_node_process import rss_bytes
-from tests.oip_node import BODY_BYTES, OipNode
+from tests.oip_node import ALL, BODY_BYTES, OipNode, array, identity_name
 
 URL = "/v2/models/identity_fp32/infer"
 BODY = json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1, 2]}]}).encode()
@@ -142,6 +144,39 @@ def test_small_answers_and_those_that_would_not_shrink_stay_plain(node: OipNode)
     answer = node.http.post("/v2/models/identity_fp64/infer", content=sent + noise, headers=headers | like)
     assert answer.status_code == 200 and "content-encoding" not in answer.headers
     assert answer.headers["vary"] == "accept-encoding" and answer.content.endswith(noise)
+
+
+@pytest.mark.parametrize("datatype", [name for name in ALL if name != "BF16"])
+def test_one_key_however_a_tensor_travels(node: OipNode, datatype: str) -> None:
+    """By either lane, in JSON, binary and compressed: the second and all after it are hits of the first's entry."""
+    values = array(datatype, rows=3)
+    url, raw = f"/v2/models/{identity_name(datatype)}/infer", raw_of(values)
+    sent = {"name": "x", "datatype": datatype, "shape": [3, 2]}
+    data = json.loads(json_of("x", datatype, values.reshape(-1)))
+    flat = json.dumps({"inputs": [sent | {"data": data}]}).encode()
+    nested = json.dumps({"id": "a", "inputs": [sent | {"data": [data[0:2], data[2:4], data[4:6]]}]}, indent=1).encode()
+    head = json.dumps({"inputs": [sent | {"parameters": {"binary_data_size": len(raw)}}]}).encode()
+    both = json.dumps(
+        {"inputs": [sent | {"parameters": {"binary_data_size": len(raw)}}], "parameters": {"binary_data_output": True}}
+    ).encode()
+    asked: list[tuple[bytes, dict[str, str]]] = [
+        (flat, {}),
+        (flat, {}),
+        (nested, {}),
+        (gzip.compress(flat), {"content-encoding": "gzip"}),
+        (head + raw, {"inference-header-content-length": str(len(head))}),
+        (both + raw, {"inference-header-content-length": str(len(both))}),
+        (zlib.compress(both + raw), {"inference-header-content-length": str(len(both)), "content-encoding": "deflate"}),
+    ]
+    answers = [node.http.post(url, content=body, headers=PLAIN | headers) for body, headers in asked]
+    assert [answer.status_code for answer in answers] == [200] * len(asked), answers[0].text
+    assert len({answer.headers["mlcdn-cache-key"] for answer in answers}) == 1
+    assert all("mlcdn-memory; hit" in answer.headers["cache-status"] for answer in answers[1:])
+    assert len({answer.content for answer in answers[:2]}) == 1 and answers[-1].content.endswith(raw)
+    # What may change an answer is another key.
+    other = json.dumps({"inputs": [sent | {"data": data}], "parameters": {"temperature": 0.5}}).encode()
+    changed = node.http.post(url, content=other, headers=PLAIN)
+    assert changed.headers["mlcdn-cache-key"] != answers[0].headers["mlcdn-cache-key"]
 
 
 @given(st.binary(max_size=300), st.sampled_from(["gzip", "deflate"]), st.integers(0, 400))
