@@ -62,6 +62,7 @@ SCHEMAS: Final = (
     SchemaVersion(12, "RequestBatch", 1),
     SchemaVersion(13, "RoutesPublished", 1),
     SchemaVersion(14, "EventRejected", 1),
+    SchemaVersion(15, "ModelReleased", 2),
 )
 BY_ID: Final = {s.id: s for s in SCHEMAS}
 LATEST: Final = {s.kind: s for s in SCHEMAS}

@@ -19,7 +19,7 @@ from mlcdn.cli.target import DEFAULT_DIR, Dir, Target
 from origin.publish import Published, Publisher, ReleaseRequest
 from origin.receipts import FleetWatch, NodeOutcome, wait_live
 from schemas.errors import BadInput, NotFound
-from schemas.events import CachePolicy, Placement, ServedModel
+from schemas.events import CachePolicy, Placement, ServedModel, TierUse
 from schemas.topics import INVALIDATIONS, RELEASES
 from streams.artifacts import ArtifactStore
 from streams.audit.control import At, fold_releases
@@ -50,6 +50,9 @@ def publish(
     atol: Annotated[float, typer.Option(help="Absolute tolerance of the golden test.")] = ATOL,
     placement: Annotated[Placement, typer.Option(help="Where it runs.")] = Placement.EDGE,
     ttl: Annotated[float, typer.Option(help="Seconds that a cached answer is fresh; 0 turns caching off.")] = 300.0,
+    cache_tiers: Annotated[
+        TierUse, typer.Option(help="Redis and disk are asked: auto while they beat the model.")
+    ] = TierUse.AUTO,
     reason: Reason = "",
     wait: Wait = False,
     timeout: Timeout = 60.0,
@@ -69,7 +72,7 @@ def publish(
         rtol=rtol,
         atol=atol,
         placement=placement,
-        cache=CachePolicy(enabled=ttl > 0, ttl_s=ttl),
+        cache=CachePolicy(enabled=ttl > 0, ttl_s=ttl, tiers=cache_tiers),
         author=target.settings.author,
         reason=reason,
     )

@@ -21,6 +21,7 @@ from schemas.events.control import (
     ModelRolledBack,
     Placement,
     Tensor,
+    TierUse,
     TrustChanged,
 )
 from schemas.events.event import Event
@@ -102,5 +103,6 @@ __all__ = [
     "ServedModel",
     "SwapFailed",
     "Tensor",
+    "TierUse",
     "TrustChanged",
 ]

@@ -91,11 +91,20 @@ class Placement(StrEnum):
     AUTO = "auto"
 
 
+class TierUse(StrEnum):
+    """Whether caches outside a worker are asked and filled: AUTO while a look-up costs less than the model."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
 class CachePolicy(msgspec.Struct, frozen=True, kw_only=True):
     enabled: bool = True
     ttl_s: float = 300.0
     stale_while_revalidate_s: float = 30.0
     stale_if_error_s: float = 300.0
+    tiers: TierUse = TierUse.AUTO
 
     def __post_init__(self) -> None:
         for field in ("ttl_s", "stale_while_revalidate_s", "stale_if_error_s"):

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import json
+from typing import Any
+
+import fastavro
+import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
@@ -10,8 +16,18 @@ from hypothesis import strategies as st
 from schemas import codec, signing
 from schemas.codec import Message
 from schemas.errors import BadInput, EventRefused, Refusal
-from schemas.events import CacheInvalidated, EventRejected, ModelRetired, RequestBatch
-from schemas.names import Scope, ScopeKind
+from schemas.events import (
+    Artifact,
+    CacheInvalidated,
+    CachePolicy,
+    EventRejected,
+    ModelReleased,
+    ModelRetired,
+    RequestBatch,
+    Tensor,
+    TierUse,
+)
+from schemas.names import Scope, ScopeKind, model_object_key
 
 EVENT = ModelRetired(model="m", sequence=3, author="me", reason="old")
 
@@ -124,3 +140,44 @@ def test_a_dead_letter_carries_the_record_key_under_its_own_name() -> None:
     m = codec.encode(letter, topic="mlcdn.dead_letters", id="1", source="/", now_ms=0)
     assert codec.decode(m.topic, m.key, m.value, m.headers).event == letter
     assert m.key == b"mlcdn.fleet"
+
+
+def released(**policy: Any) -> ModelReleased:
+    digest = "d" * 64
+    return ModelReleased(
+        model="m",
+        version="v1",
+        sequence=1,
+        artifact=Artifact(
+            sha256=digest,
+            size_bytes=1,
+            object_key=model_object_key("m", digest),
+            chunk_size_bytes=65_536,
+            chunk_sha256=(bytes(32),),
+        ),
+        inputs=(),
+        outputs=(Tensor(name="y", datatype="FP32", shape=(-1,)),),
+        cache=CachePolicy(**policy),
+        created_at_ms=0,
+        author="me",
+    )
+
+
+def test_a_release_of_before_the_choice_of_tiers_leaves_it_to_the_node() -> None:
+    # Its bytes, as who knew only the first version wrote them.
+    fields = msgspec.to_builtins(released(ttl_s=7.0), builtin_types=(bytes,))
+    del fields["cache"]["tiers"]
+    first = codec.BY_ID[2]
+    body = io.BytesIO()
+    fastavro.schemaless_writer(body, fastavro.parse_schema(json.loads(first.source)), fields)
+    value = b"\0" + first.id.to_bytes(4, "big") + body.getvalue()
+    headers = [("ce_type", first.ce_type.encode()) if k == "ce_type" else (k, v) for k, v in message().headers]
+    assert codec.decode("mlcdn.releases", b"m", value, headers).event == released(ttl_s=7.0, tiers=TierUse.AUTO)
+
+
+@pytest.mark.parametrize("tiers", list(TierUse))
+def test_a_release_says_which_tiers_it_wants(tiers: TierUse) -> None:
+    event = released(tiers=tiers)
+    m = codec.encode(event, topic="mlcdn.releases", id="id-1", source="/operators/me", now_ms=0)
+    assert codec.decode(m.topic, m.key, m.value, m.headers).event == event
+    assert m.header("ce_type") == b"mlcdn.ModelReleased.v2"
