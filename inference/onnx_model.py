@@ -182,9 +182,19 @@ class OnnxModel:
             if not spec.optional
         }
 
+    @property
+    def is_open(self) -> bool:
+        return self._session is not None
+
     def close(self) -> None:
         """Let the session go. A run in another thread ends first: it holds its own reference."""
         self._session = None
+
+    def reopen(self, other: Self) -> None:
+        """With the session of `other`, which is of the same bytes and gives it away."""
+        if other.sha256 != self.sha256:
+            raise ValueError("another model's session")
+        self._session, other._session = other._session, None
 
     def _call(self, session: Any, names: Sequence[str], feed: dict[str, Array], options: Any) -> list[Any]:
         try:

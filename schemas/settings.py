@@ -79,6 +79,9 @@ class Settings(BaseSettings):
         ("CPUExecutionProvider",), description="onnxruntime execution providers, in order."
     )
 
+    model_memory_bytes: int = Field(
+        0, ge=0, description="Memory for a worker's sessions; idle ones above it are loaded again when asked for. 0: no limit."
+    )
     fast_lane: bool = Field(True, description="Answer usual requests below ASGI; off, all take the full path.")
     memory_cache_bytes: int = Field(64 * 2**20, ge=0, description="Size of a worker's memory tier; 0 turns it off.")
     redis_cache_bytes: int = Field(64 * 2**20, ge=0, description="maxmemory of the region's Redis tier.")

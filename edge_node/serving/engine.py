@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Final
@@ -27,6 +27,7 @@ from typing import Final
 import structlog
 
 from edge_node.serving.batches import Job, Waiting, joined, parted
+from edge_node.serving.served import Served
 from inference.onnx_model import RunFailed
 from processes.priority import lower_priority
 from schemas.errors import DeadlineExceeded, MlcdnError, NotReady, Overloaded
@@ -43,8 +44,10 @@ log = structlog.get_logger()
 class Engine:
     """One event loop owns it; only runs leave for threads."""
 
-    def __init__(self, name: str, threads: int) -> None:
-        self._name, self._limit = name, threads
+    def __init__(self, name: str, threads: int, wake: Callable[[Served], None]) -> None:
+        """`wake` is asked for a session that was let go, perhaps more than once, and calls `woken`."""
+        self._name, self._limit, self._wake = name, threads, wake
+        self.last_used = time.monotonic()
         self._waiting = Waiting()
         self._busy = 0
         self._due: asyncio.Handle | None = None
@@ -66,7 +69,7 @@ class Engine:
         """The job lands later, never in here. Overloaded where too many wait."""
         if self._closed:
             raise NotReady(f"model {self._name} is not served any more")
-        if not job.ask.served.cost.in_loop:
+        if not job.ask.served.cost.in_loop or job.ask.served.asleep:
             self._admit(job)
             self._watch(job)
         elif len(self._waiting) >= IN_LOOP_MOST:
@@ -76,6 +79,16 @@ class Engine:
         batching = job.ask.served.wanted.released.batching
         self._full = batching.max_size
         self._see_to_it(batching.max_delay_us / 1e6)
+
+    def woken(self, served: Served, error: MlcdnError | None = None) -> None:
+        """Its session is there again, or will not come: then who waits for it is told so."""
+        if error is not None:
+            for job in self._waiting.drain():
+                if job.ask.served is served:
+                    self._land(job, error)
+                else:
+                    self._waiting.add(job)
+        self._turn_soon()
 
     def close(self) -> None:
         self._closed = True
@@ -101,8 +114,12 @@ class Engine:
     def _turn(self) -> None:
         self._due = None
         until = time.perf_counter() + TICK_S
+        self.last_used = time.monotonic()
         while len(self._waiting):
             first = self._waiting.first()
+            if first.ask.served.asleep:
+                self._wake(first.ask.served)
+                return
             cost, most = first.ask.served.cost, first.ask.served.wanted.released.batching.max_size
             if cost.in_loop and not first.alone_after_failure:
                 batch = self._taken(cost.rows_in_loop(most))

@@ -90,15 +90,17 @@ class Worker:
         self.slots = Slots(settings.default_model, settings.run_threads)
         statistics = Statistics()
         self.reporter = Reporter(self.identity, self.writer, self._standing, statistics)
+        self.origin = OriginClient(settings.origin_url) if settings.origin_url else None
+        self.predictor = Predictor(self.view, cache, self.origin)
         self.swaps = Swaps(
             self.slots,
             settings.dir,
             SessionSettings(settings.intra_op_threads, settings.inter_op_threads, settings.providers),
             self.identity,
             self.reporter.say,
+            self.predictor,
+            settings.model_memory_bytes,
         )
-        self.origin = OriginClient(settings.origin_url) if settings.origin_url else None
-        self.predictor = Predictor(self.view, cache, self.origin)
         self.health = Health(self.view, self.swaps, cache, self.origin, self.reporter, self.identity)
         doors = Doors(
             self.health,

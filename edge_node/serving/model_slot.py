@@ -11,9 +11,10 @@ It must not know the board, caches or HTTP.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from edge_node.serving.engine import Engine
+from edge_node.serving.residency import Resident, Which
 from edge_node.serving.served import Prepared, Served
 from schemas.errors import BadInput, NotFound, NotReady
 
@@ -21,14 +22,14 @@ from schemas.errors import BadInput, NotFound, NotReady
 class ModelSlot:
     """Where one model is served from. One event loop owns it."""
 
-    def __init__(self, name: str, threads: int) -> None:
+    def __init__(self, name: str, threads: int, wake: Callable[[Served], None]) -> None:
         self.name = name
         self.current: Served | None = None
         self.previous: Served | None = None
         # What the last attempt to take over a newer release came to; empty when there was none or it succeeded.
         self.error = ""
         self.loading = False
-        self.engine = Engine(name, threads)
+        self.engine = Engine(name, threads, wake)
         self._closing: set[asyncio.Task[None]] = set()
 
     @property
@@ -63,9 +64,29 @@ class ModelSlot:
     def loaded(self, digest: str) -> Prepared | None:
         """The session of an artifact that is still in memory: a rollback needs no file."""
         for served in (self.current, self.previous):
-            if served is not None and served.digest == digest and served.model is not None:
+            if served is not None and served.digest == digest and served.model is not None and served.model.is_open:
                 return Prepared(served.model, served.cost)
         return None
+
+    def resident(self, now: float) -> Resident:
+        """Its sessions in memory; `now` is monotonic."""
+        current, previous = self.current, self.previous
+        shared = current is not None and previous is not None and current.model is previous.model
+        return Resident(
+            model=self.name,
+            current_bytes=current.memory_bytes if current is not None else 0,
+            previous_bytes=previous.memory_bytes if previous is not None and not shared else 0,
+            idle_s=now - self.engine.last_used,
+        )
+
+    def let_go(self, which: Which) -> None:
+        """The session of an earlier release for good, that of the current one until it is asked for."""
+        if which == "previous" and self.previous is not None:
+            self._close(self.previous)
+            self.previous = None
+        current = self.current
+        if which == "current" and current is not None and current.model is not None and not current.in_flight:
+            current.model.close()
 
     async def close(self) -> None:
         """After the last request has left: nothing of the model stays in memory."""
@@ -92,6 +113,8 @@ class Slots:
 
     def __init__(self, default: str, threads: int) -> None:
         self._default, self._threads = default, threads
+        # Loads a session again that was let go. Set before the first slot is added, by who lets go.
+        self.wake: Callable[[Served], None] = lambda _: None
         self._slots: dict[str, ModelSlot] = {}
 
     def __iter__(self) -> Iterator[ModelSlot]:
@@ -131,7 +154,7 @@ class Slots:
     def add(self, name: str) -> ModelSlot:
         slot = self._slots.get(name)
         if slot is None:
-            slot = self._slots[name] = ModelSlot(name, self._threads)
+            slot = self._slots[name] = ModelSlot(name, self._threads, self.wake)
         return slot
 
     def remove(self, name: str) -> ModelSlot | None:

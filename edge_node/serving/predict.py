@@ -35,6 +35,7 @@ from edge_node.serving.controls import Consulted, Controls
 from edge_node.serving.flights import Flight, Flights, Found, Outcome
 from edge_node.serving.forwarding import Forwarding
 from edge_node.serving.freshness import Freshness, now_ms
+from edge_node.serving.hottest import Hottest
 from edge_node.serving.origin_client import OriginClient
 from edge_node.serving.served import Served
 from edge_node.serving.tier_lookup import TierLookup, of_entry
@@ -68,6 +69,7 @@ class Predictor:
         self._flights = Flights(self._freshness.is_valid)
         self._tiers = TierLookup(cache, self._freshness, self._compute_all, self._land, self._refill)
         self.forwarding = Forwarding(origin)
+        self.hottest = Hottest()
 
     @property
     def in_flight(self) -> int:
@@ -116,6 +118,14 @@ class Predictor:
     def position(self, ask: Ask) -> str:
         """What an answer given now obeys."""
         return self._freshness.position(ask)
+
+    def prefill(self, served: Served, answers: Sequence[tuple[Ask, bytes]]) -> None:
+        """Memory knows these answers of a release that is about to serve; `answers` name asks of the one before."""
+        for asked, body in answers:
+            key = served.key_of(asked.inputs, None, None, "")
+            ask = Ask(served, key, asked.inputs, None, asked.controls, asked.as_of, asked.deadline)
+            if self._freshness.is_valid(ask):
+                self._cache.fill(self._freshness.entry(ask, body), shared=False)
 
     async def close(self) -> None:
         await self._tiers.close()
@@ -177,6 +187,7 @@ class Predictor:
         """2 to 4 without an await, and the flight that is to depart."""
         hit, stale = self._memory(ask)
         if hit is not None:
+            self.hottest.asked_again(ask)
             refill = stale is not None and self._flights.find(ask, True) is None
             return hit, self._flights.start(ask, True, stale) if refill else None
         fresh = ask.fresh

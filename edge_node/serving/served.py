@@ -37,8 +37,9 @@ class Prepared(msgspec.Struct, frozen=True):
 class Served:
     """A release that answers: from its session, or, where there is none, from the origin."""
 
-    def __init__(self, wanted: Wanted, channel: str, prepared: Prepared | None) -> None:
-        self.wanted, self.channel = wanted, channel
+    def __init__(self, wanted: Wanted, channel: str, prepared: Prepared | None, path: str = "") -> None:
+        """`path` is its file's, in the node's directory."""
+        self.wanted, self.channel, self.path = wanted, channel, path
         self.model = prepared.model if prepared is not None else None
         self.cost = prepared.cost if prepared is not None else RunCost(0.0, may_run_in_loop=False)
         self.batchable = prepared is not None and wanted.released.batching.batchable
@@ -67,6 +68,18 @@ class Served:
     @property
     def digest(self) -> str:
         return self.wanted.digest
+
+    @property
+    def asleep(self) -> bool:
+        """Whether its session was let go, and must be loaded again before it can run."""
+        return self.model is not None and not self.model.is_open
+
+    @property
+    def memory_bytes(self) -> int:
+        """What its session takes, as its trial measured it."""
+        if self.model is None or not self.model.is_open:
+            return 0
+        return max(self.wanted.released.memory_bytes, self.model.size_bytes)
 
     def key_of(
         self,

@@ -1,15 +1,14 @@
 """Takes over what the board says should be served, and reports how that went.
 
-    a board that changed → per model: load in a thread · warm · swap one reference → ModelSwapped, or SwapFailed
+    a board that changed → per model: load · warm · prefill (preparing.py) · swap one reference → ModelSwapped, or SwapFailed
 
 Laws:
 - Level, not edge: what is served is compared with what the board says, so a missed change, a crash or a repetition are
   all repaired by the next look.
 - Nothing that answers is touched before its successor is warm; a release that cannot be taken over leaves it as it is,
   is said once a cause, and is tried again with growing pauses, at once when the board changes.
-- A load beside live traffic runs at the lowest priority (p99 2.2 ms, against 5.5 in a plain thread), but not for ever:
-  on a saturated core it can take 20 s, so after `QUIET_LOAD_S` it is done again at normal priority. The first load is
-  in no one's way.
+- The answers to the hottest requests are known before the first of them is asked of the new release.
+- A session that there is no room for is let go, and loaded again for the next request that needs it.
 
 It must not know requests, caches or where artifacts come from.
 """
@@ -18,31 +17,30 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol
 
 import msgspec
 import structlog
 
 from edge_node.board import BoardFile, BoardModel
+from edge_node.serving.batches import Ask
+from edge_node.serving.engine import Engine
 from edge_node.serving.model_slot import ModelSlot, Slots
+from edge_node.serving.predict import Predictor
+from edge_node.serving.preparing import PhaseFailed, Preparing
 from edge_node.serving.reporter import Identity
+from edge_node.serving.residency import to_let_go
 from edge_node.serving.served import Prepared, Served
-from edge_node.serving.warming import warm
-from inference.onnx_model import OnnxModel, SessionSettings
-from processes.priority import lower_priority
-from schemas.errors import MlcdnError
+from inference.onnx_model import SessionSettings
+from schemas.errors import NotReady
 from schemas.events import Event, ModelSwapped, ServedModel, SwapFailed
 from schemas.metrics import counter, histogram
 from streams.folds.releases import Wanted
 
-QUIET_LOAD_S: Final = 10.0
+LOOK_AT_MEMORY_S: Final = 1.0
 RETRY_S: Final = (1.0, 2.0, 5.0, 15.0, 30.0)
-_LOWEST_PRIORITY: Final = 19
-T = TypeVar("T")
 
 log = structlog.get_logger()
 
@@ -51,10 +49,11 @@ class Say(Protocol):
     def __call__(self, event: Event, *, causation_id: str | None = None) -> None: ...
 
 
-class PhaseFailed(Exception):
-    def __init__(self, phase: str, cause: str) -> None:
-        super().__init__(cause)
-        self.phase, self.cause = phase, cause
+class _Ready(msgspec.Struct, frozen=True):
+    """A session, and what it answers to the requests that are asked most."""
+
+    prepared: Prepared
+    answers: list[tuple[Ask, bytes]] = []
 
 
 class _Failure(msgspec.Struct):
@@ -76,18 +75,19 @@ class Swaps:
         session_settings: SessionSettings,
         identity: Identity,
         say: Say,
+        answers: Predictor,
+        memory_bytes: int,
     ) -> None:
-        self._slots, self._directory, self._settings = slots, directory, session_settings
-        self._identity, self._say = identity, say
+        self._slots, self._directory, self._answers = slots, directory, answers
+        self._identity, self._say, self._memory_bytes = identity, say, memory_bytes
+        slots.wake = self.wake
+        self._preparing = Preparing(session_settings)
         self._board: BoardFile | None = None
         self._failures: dict[str, _Failure] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
         self._retiring: set[asyncio.Task[None]] = set()
-        self._one_quiet_load = asyncio.Lock()
-        self._quiet = ThreadPoolExecutor(
-            1, thread_name_prefix="load-quiet", initializer=partial(lower_priority, _LOWEST_PRIORITY)
-        )
-        self._plain = ThreadPoolExecutor(2, thread_name_prefix="load")
+        self._waking: dict[str, asyncio.Task[None]] = {}
+        self._next_look = 0.0
 
     @property
     def settled(self) -> bool:
@@ -110,6 +110,7 @@ class Swaps:
 
     def tend(self) -> None:
         """Starts a take-over for every model that is not what it should be."""
+        self._let_go()
         for name, target in (self._board.models if self._board else {}).items():
             failure = self._failures.get(name)
             due = failure is None or failure.retry_at <= time.monotonic()
@@ -125,11 +126,11 @@ class Swaps:
         return tuple(self._standing_of(name, desired.get(name)) for name in names)
 
     async def close(self) -> None:
-        for task in [*self._running.values(), *self._retiring]:
+        tasks = [*self._running.values(), *self._retiring, *self._waking.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._running.values(), *self._retiring, return_exceptions=True)
-        self._quiet.shutdown(wait=False, cancel_futures=True)
-        self._plain.shutdown(wait=False, cancel_futures=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._preparing.close()
 
     def _ended(self, name: str, _: asyncio.Task[None]) -> None:
         self._running.pop(name, None)
@@ -164,7 +165,7 @@ class Swaps:
         slot.loading = True
         ms: dict[str, float] = dict(target.ms)
         try:
-            prepared = None if target.forwarded else await self._prepare(slot, target, ms)
+            ready = None if target.forwarded else await self._prepare(slot, target, ms)
         except PhaseFailed as failed:
             self._failed(slot, target, failed)
             return
@@ -172,11 +173,14 @@ class Swaps:
             slot.loading = False
         if self._slots.find(name) is not slot:
             # Retired while it was loading.
-            if prepared is not None:
-                prepared.model.close()
+            if ready is not None:
+                ready.prepared.model.close()
             return
         began = time.perf_counter()
-        old = slot.swap(Served(wanted, target.channel, prepared))
+        new = Served(wanted, target.channel, ready.prepared if ready is not None else None, target.path or "")
+        if ready is not None and ready.answers:
+            self._answers.prefill(new, ready.answers)
+        old = slot.swap(new)
         ms["swap"] = (time.perf_counter() - began) * 1e3
         self._failures.pop(name, None)
         counter("mlcdn_swaps_total").labels(name, "swapped").inc()
@@ -194,64 +198,55 @@ class Swaps:
             causation_id=wanted.cause,
         )
 
-    async def _prepare(self, slot: ModelSlot, target: BoardModel, ms: dict[str, float]) -> Prepared:
+    async def _prepare(self, slot: ModelSlot, target: BoardModel, ms: dict[str, float]) -> _Ready:
         loaded = slot.loaded(target.wanted.digest)
         if loaded is not None:
-            return loaded
+            return _Ready(loaded)
         if target.path is None:
             raise PhaseFailed("load", "the board names no file")
-        path = self._directory / target.path
-        model = await self._timed(
-            slot,
-            "load",
-            ms,
-            lambda: OnnxModel.load(path, target.wanted.digest, self._settings),
-            discard=OnnxModel.close,
-        )
         golden = self._directory / target.golden_path if target.golden_path else None
+        quiet = slot.current is not None
+        prepared = await self._preparing.prepare(target.wanted, self._directory / target.path, golden, quiet, ms)
+        asks = self._answers.hottest.take(slot.name) if target.wanted.released.cache.enabled else []
+        if not asks:
+            return _Ready(prepared)
         try:
-            cost = await self._timed(slot, "warm", ms, lambda: warm(model, golden, target.wanted))
+            return _Ready(prepared, await self._preparing.prefill(prepared, asks, ms))
         except BaseException:
-            model.close()
+            prepared.model.close()
             raise
-        return Prepared(model, cost)
 
-    async def _timed(
-        self,
-        slot: ModelSlot,
-        phase: str,
-        ms: dict[str, float],
-        work: Callable[[], T],
-        discard: Callable[[T], None] | None = None,
-    ) -> T:
-        began = time.perf_counter()
+    def wake(self, served: Served) -> None:
+        """The engine has work for a session that was let go."""
+        if served.digest not in self._waking and served.engine is not None:
+            task = asyncio.get_running_loop().create_task(self._wake(served, served.engine))
+            self._waking[served.digest] = task
+            task.add_done_callback(lambda _: self._waking.pop(served.digest, None))
+
+    async def _wake(self, served: Served, engine: Engine) -> None:
+        assert served.model is not None
+        path = self._directory / served.path
         try:
-            return await self._in_thread(work, slot.current is not None, discard)
-        except MlcdnError as error:
-            raise PhaseFailed(phase, str(error)) from error
-        except Exception as error:  # a library's own: reported as the cause, the old release serves on
-            log.exception("swap_broke", model=slot.name, phase=phase)
-            raise PhaseFailed(phase, type(error).__name__) from error
-        finally:
-            ms[phase] = (time.perf_counter() - began) * 1e3
+            model = await self._preparing.wake(served.wanted, path)
+        except PhaseFailed as failed:
+            log.error("session_not_loaded_again", model=served.name, cause=failed.cause)
+            engine.woken(served, NotReady(f"model {served.name} could not be loaded again"))
+            return
+        served.model.reopen(model)
+        log.info("session_loaded_again", model=served.name, digest=served.digest[:12])
+        engine.woken(served)
 
-    async def _in_thread(self, work: Callable[[], T], beside_traffic: bool, discard: Callable[[T], None] | None) -> T:
-        loop = asyncio.get_running_loop()
-        if not beside_traffic:
-            return await loop.run_in_executor(self._plain, work)
-        async with self._one_quiet_load:
-            quiet = loop.run_in_executor(self._quiet, work)
-            done, _ = await asyncio.wait({quiet}, timeout=QUIET_LOAD_S)
-            if done:
-                return quiet.result()
-        log.warning("quiet_load_is_slow", seconds=QUIET_LOAD_S)
-
-        def late(future: asyncio.Future[T]) -> None:
-            if not future.cancelled() and future.exception() is None and discard is not None:
-                discard(future.result())
-
-        quiet.add_done_callback(late)
-        return await loop.run_in_executor(self._plain, work)
+    def _let_go(self) -> None:
+        """What there is no room for, once a second."""
+        now = time.monotonic()
+        if not self._memory_bytes or now < self._next_look:
+            return
+        self._next_look = now + LOOK_AT_MEMORY_S
+        for name, which in to_let_go([slot.resident(now) for slot in self._slots], self._memory_bytes):
+            slot = self._slots.find(name)
+            if slot is not None:
+                log.info("session_let_go", model=name, which=which)
+                slot.let_go(which)
 
     def _failed(self, slot: ModelSlot, target: BoardModel, failed: PhaseFailed) -> None:
         before = self._failures.get(slot.name)

@@ -68,7 +68,7 @@ class Desk:
     """Submits, and keeps what became of it, in the order it came."""
 
     def __init__(self, threads: int = 2) -> None:
-        self.engine = Engine("m", threads)
+        self.engine = Engine("m", threads, lambda _: None)
         self.ended: list[tuple[int, Any]] = []
         self._more = asyncio.Event()
 
