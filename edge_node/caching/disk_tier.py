@@ -30,6 +30,7 @@ from edge_node.caching.tallies import dropped, missed
 from schemas.errors import MlcdnError
 from schemas.metrics import gauge
 
+PROBED: Final = b"probe"
 TIMEOUT_S: Final = 0.05
 GATHER_S: Final = 0.1
 RETRY_S: Final = 1.0
@@ -72,9 +73,7 @@ class DiskTier:
             missed(self.name, "breaker", len(keys))
             return {}
         reading = self._in_thread(lambda: self._read(keys, digest, namespace))
-        await asyncio.wait({reading}, timeout=self._timeout_s)
-        if not reading.done():
-            self._stuck = reading
+        if not await self._is_done(reading):
             missed(self.name, "timeout", len(keys))
             return {}
         if reading.exception() is not None:
@@ -86,6 +85,10 @@ class DiskTier:
         for entry in leaving:
             self.offer(entry, namespace)
         return found
+
+    async def probe(self) -> None:
+        if self.answers:
+            await self._is_done(self._in_thread(lambda: self._files().get(PROBED)))
 
     def offer(self, entry: Entry, namespace: str) -> None:
         size = len(entry.body)
@@ -161,6 +164,12 @@ class DiskTier:
             batch.append((at[0], entry))
         self._queued_bytes -= size
         return batch
+
+    async def _is_done(self, reading: asyncio.Future[Any]) -> bool:
+        await asyncio.wait({reading}, timeout=self._timeout_s)
+        if not reading.done():
+            self._stuck = reading
+        return reading.done()
 
     def _in_thread(self, work: Callable[[], T]) -> asyncio.Future[T]:
         future = asyncio.get_running_loop().run_in_executor(self._thread, work)

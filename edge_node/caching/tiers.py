@@ -23,6 +23,9 @@ class SharedTier(Protocol):
     async def get_many(self, keys: Sequence[bytes], digest: str, namespace: str) -> dict[bytes, Entry]:
         """Those that are there, whole, and what was asked for."""
 
+    async def probe(self) -> None:
+        """A look-up of what is not there, for the time it takes."""
+
     def offer(self, entry: Entry, namespace: str) -> None:
         """Takes an entry to be written behind the answer."""
 

@@ -66,6 +66,9 @@ class Memory:
     def offer(self, entry: Entry, namespace: str) -> None:
         self.tier.put(entry)
 
+    async def probe(self) -> None:
+        pass
+
     async def settle(self) -> None:
         pass
 

@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 
 from edge_node.caching import tallies
 from edge_node.caching.entry import FORMAT, Entry, pack
-from edge_node.caching.redis_tier import MAX_KEYS, MAX_VALUE_BYTES, RedisTier
+from edge_node.caching.redis_tier import BATCH, MAX_KEYS, MAX_REPLY_BYTES, MAX_VALUE_BYTES, RedisTier
 from processes.ports import LOOPBACK, free_port
 from schemas.errors import SettingsInvalid
 from schemas.metrics import counter
@@ -72,6 +72,9 @@ def misses(reason: str) -> float:
 @asynccontextmanager
 async def filled(directory: Path) -> AsyncIterator[tuple[Valkey, RedisTier]]:
     async with one_valkey(directory) as server:
+        async with Redis.from_url(server.url) as other:
+            # Else 100 MB are evicted before they are asked for.
+            await other.config_set("maxmemory", 0)
         tier = RedisTier(server.url)
         await put(tier)
         assert await get(tier) == ONE
@@ -190,7 +193,7 @@ STRANGE: dict[str, tuple[str, Write]] = {
         lambda redis: redis.set(AT, pack(msgspec.structs.replace(ONE, digest="e" * 64, as_of=99), SPACE)),
     ),
     "another log's": ("other_log", lambda redis: redis.set(AT, pack(ONE, "fedcba9876543210"))),
-    "20 MB": ("oversize", lambda redis: redis.set(AT, bytes(20 * 2**20))),
+    "100 MB": ("oversize", lambda redis: redis.setrange(AT, 100 * 2**20, b"x")),
 }
 
 
@@ -212,10 +215,83 @@ def test_whatever_stands_at_a_key_is_a_counted_miss_and_is_replaced(tmp_path: Pa
     asyncio.run(run())
 
 
+async def commands(redis: Redis) -> dict[str, int]:
+    return {name.removeprefix("cmdstat_"): said["calls"] for name, said in (await redis.info("commandstats")).items()}
+
+
+async def sent_bytes(redis: Redis) -> int:
+    return int((await redis.info("stats"))["total_net_output_bytes"])
+
+
+def test_a_look_up_and_a_batch_of_writes_are_one_command_each(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with filled(tmp_path) as (server, tier), Redis.from_url(server.url) as other:
+            many = [entry(n) for n in range(1, BATCH + 1)]
+            await put_all(tier, many)
+            before = await commands(other)
+            await put_all(tier, many)
+            written = await commands(other)
+            assert written["evalsha"] == before["evalsha"] + 1 and written["set"] == before["set"] + BATCH
+            assert await tier.get_many([one.key for one in many], DIGEST, SPACE) == {one.key: one for one in many}
+            assert (await commands(other))["evalsha"] == written["evalsha"] + 1
+
+    asyncio.run(run())
+
+
+def test_a_value_of_100_mb_is_not_sent_whole_nor_many_large_ones_together(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with filled(tmp_path) as (server, tier), Redis.from_url(server.url) as other:
+            await other.setrange(AT, 100 * 2**20, b"x")
+            before = await sent_bytes(other)
+            assert await get(tier) is None and tier.answers
+            assert await sent_bytes(other) - before < MAX_VALUE_BYTES + 2**16
+            many = [entry(n) for n in range(1, 65)]
+            for one in many:
+                await other.set(AT.replace(ONE.key.hex(), one.key.hex()), bytes(MAX_VALUE_BYTES - 1))
+            # What did not fit is no stranger's: it is left alone.
+            before, unread = await sent_bytes(other), misses("no_room")
+            patient = RedisTier(server.url, timeout_s=2.0)
+            assert await patient.get_many([one.key for one in many], DIGEST, SPACE) == {}
+            assert await sent_bytes(other) - before < MAX_REPLY_BYTES + 2 * MAX_VALUE_BYTES
+            assert misses("no_room") > unread and await other.dbsize() == misses("no_room") - unread
+            await patient.close()
+
+    asyncio.run(run())
+
+
+def test_an_entry_that_expires_while_it_is_asked_for_is_a_miss_and_can_be_written_again(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with filled(tmp_path) as (server, tier), Redis.from_url(server.url) as other:
+            soon = msgspec.structs.replace(ONE, fresh_until_ms=0, stale_until_ms=0, error_until_ms=0)
+            for wait_ms in range(1, 12):
+                await other.set(AT, pack(soon, SPACE), px=6)
+                await asyncio.sleep(wait_ms / 1e3)
+                # Whole or not there, whichever came first.
+                assert await get(tier) in (soon, None)
+            assert await get(tier) is None and tier.answers
+            await put(tier)
+            assert await get(tier) == ONE
+
+    asyncio.run(run())
+
+
+def test_a_server_that_grants_no_scripts_costs_misses_and_no_error(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with filled(tmp_path) as (server, tier), Redis.from_url(server.url) as other:
+            before = misses("store_error")
+            await other.acl_setuser("default", enabled=True, nopass=True, commands=["-evalsha"])
+            assert await get(tier) is None and misses("store_error") == before + 1
+            await put(tier, entry(2))
+            await other.acl_setuser("default", enabled=True, nopass=True, commands=["+evalsha"])
+            assert tier.answers and await get(tier) == ONE and await get(tier, entry(2)) is None
+
+    asyncio.run(run())
+
+
 def test_strange_values_do_not_keep_a_write_out(tmp_path: Path) -> None:
     async def run() -> None:
         async with filled(tmp_path) as (server, tier), Redis.from_url(server.url) as other:
-            for what in ("list", "foreign bytes", "later format", "20 MB"):
+            for what in ("list", "foreign bytes", "later format", "100 MB"):
                 await other.delete(AT)
                 await STRANGE[what][1](other)
                 await put(tier)
