@@ -13,7 +13,8 @@ import pytest
 from edge_node.serving import residency
 from edge_node.serving.hottest import MAX_INPUT_BYTES, MOST
 from edge_node.serving.residency import IDLE_S, Resident, to_let_go
-from schemas.events import CachePolicy
+from inference.onnx_model import OnnxModel
+from schemas.events import CachePolicy, Limits
 from schemas.names import Scope, ScopeKind
 from tests import models
 from tests.service.test_worker import ROW, V1, V2, Node, Runs, run, truth, until
@@ -55,6 +56,7 @@ def test_a_new_release_knows_the_answers_that_are_asked_most(tmp_path: Path, run
                 assert np.allclose(answer["prediction"], truth(V2, [row])[0], rtol=1e-5)
             other = await http.post("/predict", json={"features": ROWS[3]}, headers={"authorization": "Bearer a"})
             assert other.json()["tier"] == "model", "answers do not move between tenants"
+            assert len(node.worker.cache.memory) == 6 + 3 + 3, "nor under a key that nobody asks for"
 
     run(scenario())
 
@@ -178,6 +180,31 @@ def test_a_session_that_does_not_come_back_is_an_error_and_not_a_wait(
             assert gone.status_code == 503 and time.monotonic() - began < 2
             file.with_suffix(".gone").rename(file)
             assert (await http.post("/predict", json={"features": ROWS[1]})).json()["tier"] == "model"
+
+    run(scenario())
+
+
+def test_who_waits_for_a_session_waits_no_longer_than_its_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = OnnxModel.load
+
+    async def scenario() -> None:
+        node = Node(tmp_path)
+        node.release(V1, limits=Limits(deadline_ms=100))
+        async with node.serving() as http:
+
+            def slow(*args: Any) -> OnnxModel:
+                time.sleep(0.5)
+                return original(*args)
+
+            monkeypatch.setattr(OnnxModel, "load", slow)
+            node.worker.slots.get("digits").let_go("current")
+            began = time.monotonic()
+            assert (await http.post("/predict", json={"features": ROW})).status_code == 504
+            assert time.monotonic() - began < 0.4
+            await until(lambda: not node.worker.slots.get("digits").serving.asleep)
+            assert (await http.post("/predict", json={"features": ROW})).status_code == 200
 
     run(scenario())
 
