@@ -164,6 +164,17 @@ def test_bfloat16_goes_in_and_out_as_its_bits() -> None:
     assert got["y"].tolist() == [0x3F80, 0xC000]
 
 
+def test_a_scalar_beside_or_in_bfloat16_stays_a_scalar() -> None:
+    bf16 = 16
+    data = models.model_bytes(
+        [node("Identity", ["x"], ["y"]), node("Identity", ["f"], ["g"])],
+        [value("x", bf16, []), value("f", FLOAT, [])],
+        [value("y", bf16, []), value("g", FLOAT, [])],
+    )
+    got = made(data).run({"x": np.array(0x3F80, np.uint16), "f": np.array(2, np.float32)})
+    assert (got["y"].shape, got["y"].item(), got["g"].shape, got["g"].item()) == ((), 0x3F80, (), 2.0)
+
+
 def test_optional_inputs() -> None:
     data = models.model_bytes(
         [node("Mul", ["x", "scale"], ["y"])],
