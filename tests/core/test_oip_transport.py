@@ -15,7 +15,7 @@ from edge_node.caching.keys import prediction_key
 from inference import protocol as oip
 from inference.datatypes import DATATYPES, TensorSpec
 from inference.oip_answers import binary_answer, outputs_in
-from inference.oip_binary import raw_of
+from inference.oip_binary import checked_array, raw_of
 from inference.oip_json import json_of
 from inference.packed import outputs_json, pack_outputs, unpack
 from schemas.errors import BadInput, BadTensor
@@ -172,3 +172,11 @@ def test_bf16_and_uint16_are_not_taken_for_each_other() -> None:
     asked, _ = oip.parse_infer(b'{"inputs":[{"name":"x","datatype":"UINT16","shape":[1],"data":[1]}]}', None)
     with pytest.raises(BadTensor, match="is UINT16, the model takes BF16"):
         oip.check_datatypes(asked, specs)
+
+
+@pytest.mark.parametrize("before", range(17))
+def test_values_lie_alike_whatever_came_before_them(before: int) -> None:
+    """Or the model's answer to the same tensor would differ in its last bit with the length of the request's id."""
+    raw = np.arange(4, dtype=np.float32).tobytes()
+    taken = checked_array("x", "FP32", (4,), memoryview(b" " * before + raw)[before:])
+    assert taken.tolist() == [0, 1, 2, 3] and taken.ctypes.data % 16 == 0
