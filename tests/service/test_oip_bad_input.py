@@ -174,6 +174,12 @@ def test_a_row_at_the_cap_is_served(node: OipNode) -> None:
     assert node.infer("identity_fp32", [tensor(shape=[BATCH_ROWS, 2], data=[0] * 2 * BATCH_ROWS)]).status_code == 200
 
 
+def test_the_cap_of_rows_is_none_for_what_has_no_rows(node: OipNode) -> None:
+    """`cube` may not be batched, so its leading dimension is a size like the others."""
+    many = tensor(shape=[BATCH_ROWS + 1, 1, 2], datatype="INT64", data=[0] * 2 * (BATCH_ROWS + 1))
+    assert node.infer("cube", [many]).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
