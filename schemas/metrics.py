@@ -38,6 +38,7 @@ CATALOGUE: Final[dict[str, Metric]] = {
     "mlcdn_cache_writes_dropped_total": Metric("counter", "Entries that a tier did not take, by reason.", ("tier", "reason")),
     "mlcdn_cache_bytes": Metric("gauge", "Bytes held by a tier.", ("tier",)),
     "mlcdn_breaker_open": Metric("gauge", "1 while a tier is left alone because it failed.", ("tier",), "livemax"),
+    "mlcdn_tier_consulted": Metric("gauge", "1 while a tier is asked for a model's answers.", ("model", "tier"), "livemax"),
     "mlcdn_batch_rows": Metric("histogram", "Rows of one run, left with its tick or when busy.", ("model", "reason")),
     "mlcdn_run_seconds": Metric("histogram", "Time of one run.", ("model",)),
     "mlcdn_queue_seconds": Metric("histogram", "Time that the oldest job of a batch waited.", ("model",)),

@@ -27,6 +27,7 @@ import structlog
 from edge_node.caching.disk_generations import DiskReport, Generations
 from edge_node.caching.entry import Entry, EntryRefused, pack, unpack
 from edge_node.caching.tallies import dropped, missed
+from edge_node.caching.tier_choice import LookupCost
 from schemas.errors import MlcdnError
 from schemas.metrics import gauge
 
@@ -54,6 +55,7 @@ class DiskTier:
         self._largest = max_bytes // _LARGEST_SHARE
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="disk-tier")
         self._generations: Generations | None = None  # the thread's
+        self.cost = LookupCost()
         self._failed_at = -RETRY_S
         self._stuck: asyncio.Future[Any] | None = None
         self._queue: dict[tuple[str, bytes], Entry] = {}
@@ -73,7 +75,7 @@ class DiskTier:
             missed(self.name, "breaker", len(keys))
             return {}
         reading = self._in_thread(lambda: self._read(keys, digest, namespace))
-        if not await self._is_done(reading):
+        if not await self._is_done(reading, len(keys)):
             missed(self.name, "timeout", len(keys))
             return {}
         if reading.exception() is not None:
@@ -88,7 +90,7 @@ class DiskTier:
 
     async def probe(self) -> None:
         if self.answers:
-            await self._is_done(self._in_thread(lambda: self._files().get(PROBED)))
+            await self._is_done(self._in_thread(lambda: self._files().get(PROBED)), 1)
 
     def offer(self, entry: Entry, namespace: str) -> None:
         size = len(entry.body)
@@ -165,10 +167,13 @@ class DiskTier:
         self._queued_bytes -= size
         return batch
 
-    async def _is_done(self, reading: asyncio.Future[Any]) -> bool:
+    async def _is_done(self, reading: asyncio.Future[Any], keys: int) -> bool:
+        began = time.perf_counter()
         await asyncio.wait({reading}, timeout=self._timeout_s)
         if not reading.done():
             self._stuck = reading
+        elif reading.exception() is None:
+            self.cost.observe(time.perf_counter() - began, keys)
         return reading.done()
 
     def _in_thread(self, work: Callable[[], T]) -> asyncio.Future[T]:

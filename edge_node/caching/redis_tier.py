@@ -26,6 +26,7 @@ from redis.exceptions import InvalidResponse, ResponseError
 
 from edge_node.caching.entry import FORMAT, Entry, EntryRefused, pack, unpack
 from edge_node.caching.tallies import dropped, missed
+from edge_node.caching.tier_choice import LookupCost
 from schemas.errors import SettingsInvalid
 from schemas.metrics import gauge
 
@@ -92,6 +93,7 @@ class RedisTier:
         # Run over whichever client there is; loaded again where a server has forgotten them.
         self._look_up = self._client.register_script(LOOK_UP)
         self._set_unless_newer = self._client.register_script(SET_UNLESS_NEWER)
+        self.cost = LookupCost()
         self._healing: asyncio.Task[None] | None = None
         self._writing: asyncio.Task[None] | None = None
         self._queue: dict[tuple[str, bytes], Entry] = {}
@@ -166,11 +168,13 @@ class RedisTier:
     async def _ask(self, client: Redis, at: Sequence[str], until: float) -> Sequence[object]:
         """A reply for each, or none at all where the server does not answer, which is counted."""
         self._asking += 1
+        began = time.perf_counter()
         try:
             async with asyncio.timeout_at(until):
                 replies = await self._look_up(at, (self._max_value_bytes, MAX_REPLY_BYTES), client)
                 if not isinstance(replies, list) or len(replies) != len(at):
                     raise InvalidResponse("the reply to something else")
+                self.cost.observe(time.perf_counter() - began, len(at))
                 return replies
         except ResponseError as error:
             # The server is sound, and refuses: a right is missing, say.

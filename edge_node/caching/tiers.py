@@ -10,11 +10,16 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from edge_node.caching.entry import Entry
+from edge_node.caching.tier_choice import LookupCost
 
 
 class SharedTier(Protocol):
     @property
     def name(self) -> str: ...
+
+    @property
+    def cost(self) -> LookupCost:
+        """What its look-ups take."""
 
     @property
     def answers(self) -> bool:

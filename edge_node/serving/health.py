@@ -70,6 +70,7 @@ class Health:
             "models": {
                 m.name: {"state": m.state, "version": m.version, "error": m.error} for m in self._swaps.standing()
             },
+            "lookup_ms": {tier: round(seconds * 1e3, 3) for tier, seconds in self._cache.lookup_s().items()},
             "positions": self._view.positions,
             "node": self._identity.node,
             "region": self._identity.region,

@@ -126,7 +126,7 @@ class Worker:
     def look(self) -> None:
         """Obeys the board, and starts the swaps that are due."""
         self.view.catch_up()
-        self.cache.measure()
+        self.cache.tend()
         board = self.view.board
         if board is not None and board is not self._followed:
             self._followed = board

@@ -29,6 +29,7 @@ import numpy as np
 from edge_node.caching.cache import Cache
 from edge_node.caching.lookup import Verdict
 from edge_node.caching.tallies import missed
+from edge_node.caching.tier_choice import TierChoice
 from edge_node.serving.batches import Ask, Job
 from edge_node.serving.board_view import BoardView
 from edge_node.serving.controls import Consulted, Controls
@@ -118,6 +119,10 @@ class Predictor:
     def position(self, ask: Ask) -> str:
         """What an answer given now obeys."""
         return self._freshness.position(ask)
+
+    def tiers_of(self, served: Served) -> TierChoice:
+        """Which tiers outside this process are asked for it, and why."""
+        return self._tiers.choice(served)
 
     def prefill(self, served: Served, answers: Sequence[tuple[Ask, bytes]]) -> None:
         """Memory knows these answers of a release that is about to serve; `answers` name asks of the one before."""
@@ -210,7 +215,7 @@ class Predictor:
         return (found if verdict.answers else None), (found if verdict is not Verdict.FRESH else None)
 
     def _depart(self, flights: list[Flight]) -> None:
-        if not self._tiers.worth_asking:
+        if not self._tiers.worth_asking(flights[0].ask.served):
             self._compute_all(flights)
             return
         fresh = [flight for flight in flights if flight.fresh]
@@ -242,7 +247,7 @@ class Predictor:
         # 5, 6. What was purged meanwhile is answered to who asked before, and not kept.
         entry = self._freshness.entry(ask, outcome) if self._freshness.is_valid(ask) else None
         if entry is not None:
-            self._cache.fill(entry, shared=self._freshness.shared_tiers_count)
+            self._cache.fill(entry, shared=True, tiers=self._tiers.worth_asking(ask.served))
         trail = _missed_trail(flight.asked, flight.why, entry is not None)
         self._land(flight, Found(outcome, _model_tier(ask.served), 0, trail, entry))
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from starlette.requests import Request
 
+from edge_node.caching.tier_choice import TierChoice
 from edge_node.serving.model_slot import ModelSlot, Slots
 from edge_node.serving.served import Served
 from inference.datatypes import FREE, TensorSpec
@@ -77,7 +78,7 @@ def index(slots: Slots, ready_only: bool) -> list[dict[str, str]]:
     return sorted(entries, key=lambda entry: entry["name"])
 
 
-def config(served: Served, most_rows: int, most_bytes: int) -> dict[str, Any]:
+def config(served: Served, choice: TierChoice, most_rows: int, most_bytes: int) -> dict[str, Any]:
     released = served.wanted.released
     batching, cache, limits = released.batching, released.cache, released.limits
     reason = not_batchable(served)
@@ -115,6 +116,13 @@ def config(served: Served, most_rows: int, most_bytes: int) -> dict[str, Any]:
                 "ttl_s": cache.ttl_s,
                 "stale_while_revalidate_s": cache.stale_while_revalidate_s,
                 "stale_if_error_s": cache.stale_if_error_s,
+                "tiers": {
+                    "wanted": str(choice.use),
+                    **{
+                        tier: {"asked": tier in choice.asked, "reason": reason}
+                        for tier, reason in choice.reasons.items()
+                    },
+                },
             },
         },
     }

@@ -95,7 +95,9 @@ class Doors(PredictionDoors):
 
     async def model_config(self, request: Request) -> Response:
         _, served = self._at(request)
-        said = repository.config(served, self._limits.batch_rows, self._limits.body_bytes)
+        said = repository.config(
+            served, self._predictor.tiers_of(served), self._limits.batch_rows, self._limits.body_bytes
+        )
         return _json(said, headers=answers.model_headers(served))
 
     async def model_stats(self, request: Request) -> Response:

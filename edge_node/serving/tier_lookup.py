@@ -1,5 +1,7 @@
 """Redis and disk, asked for all the flights of one turn of the loop together, each answer judged after the wait.
 
+Which are asked is each release's choice, made anew now and then (see caching/tier_choice.py).
+
 Laws: a tier's answer is judged with the fence as it is after the await, and again where another tier was waited for
 since; what has no answer goes on to the model; a stale one answers, and one refill follows. No error leaves here: a
 tier that fails is a tier without an answer.
@@ -10,16 +12,24 @@ It must not know engines, HTTP or how tiers store.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
+from typing import Final
+from weakref import WeakKeyDictionary
 
 import structlog
 
 from edge_node.caching.cache import Cache
 from edge_node.caching.entry import Entry
 from edge_node.caching.lookup import Verdict
+from edge_node.caching.tier_choice import TierChoice
 from edge_node.serving.controls import Consulted
 from edge_node.serving.flights import Flight, Found
 from edge_node.serving.freshness import Freshness, now_ms
+from edge_node.serving.served import Served
+from schemas.metrics import gauge
+
+CHOICE_S: Final = 0.1
 
 log = structlog.get_logger()
 
@@ -37,12 +47,27 @@ class TierLookup:
     ) -> None:
         self._cache, self._freshness = cache, freshness
         self._missed, self._land, self._refill = missed, land, refill
+        self._choices: WeakKeyDictionary[Served, tuple[TierChoice, float]] = WeakKeyDictionary()
         self._asking: list[Flight] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
-    @property
-    def worth_asking(self) -> bool:
-        return self._cache.is_shared and self._freshness.shared_tiers_count
+    def worth_asking(self, served: Served) -> tuple[str, ...]:
+        """The tiers to ask and to fill now."""
+        return self.choice(served).asked if self._freshness.shared_tiers_count else ()
+
+    def choice(self, served: Served) -> TierChoice:
+        now = time.monotonic()
+        choice, until = self._choices.get(served) or (TierChoice(served.wanted.released.cache.tiers), 0.0)
+        if now >= until:
+            before = choice.asked
+            lookup_s = self._cache.lookup_s()
+            # A session that was let go must be loaded first.
+            asked = choice.decide(lookup_s, None if served.model is None or served.asleep else served.cost.of(1))
+            if asked != before or not until:
+                for tier in lookup_s:
+                    gauge("mlcdn_tier_consulted").labels(served.name, tier).set(tier in asked)
+            self._choices[served] = choice, now + CHOICE_S
+        return choice
 
     def ask(self, flights: Sequence[Flight]) -> None:
         """Together with all others of this turn of the loop."""
@@ -52,9 +77,10 @@ class TierLookup:
 
     async def look(self, flights: list[Flight]) -> list[Flight]:
         """Lands what a tier has, all of one digest; returns the others."""
-        if not self.worth_asking:
+        served = flights[0].ask.served
+        tiers = self.worth_asking(served)
+        if not tiers:
             return flights
-        tiers = list(self._cache.standing())
         asks = {flight.ask.key: flight for flight in flights}
 
         def accept(entry: Entry) -> bool:
@@ -64,7 +90,7 @@ class TierLookup:
                 flight.stale = of_entry(entry, tiers[-1], ())
             return verdict.answers and self._freshness.shared_tiers_count
 
-        found = await self._cache.lookup_shared(list(asks), flights[0].ask.served.digest, accept)
+        found = await self._cache.lookup_shared(list(asks), served.digest, accept, tiers)
         left = []
         for flight in flights:
             hit = found.get(flight.ask.key)

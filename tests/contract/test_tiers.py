@@ -22,6 +22,7 @@ from edge_node.caching.disk_tier import DiskTier
 from edge_node.caching.entry import Entry, pack
 from edge_node.caching.memory_tier import MemoryTier
 from edge_node.caching.redis_tier import RedisTier
+from edge_node.caching.tier_choice import LookupCost
 from edge_node.caching.tiers import SharedTier
 from schemas.errors import Conflict
 from schemas.metrics import gauge
@@ -58,7 +59,7 @@ class Memory:
     answers = True
 
     def __init__(self, max_bytes: int) -> None:
-        self.tier = MemoryTier(max_bytes)
+        self.tier, self.cost = MemoryTier(max_bytes), LookupCost()
 
     async def get_many(self, keys: Any, digest: str, namespace: str) -> dict[bytes, Entry]:
         return {key: found for key in keys if (found := self.tier.get(key)) is not None}

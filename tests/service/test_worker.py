@@ -45,6 +45,7 @@ from schemas.events import (
     RequestBatch,
     SwapFailed,
     Tensor,
+    TierUse,
 )
 from schemas.names import Scope, ScopeKind, model_object_key
 from schemas.settings import Settings
@@ -462,7 +463,7 @@ def test_disk_entries_survive_the_worker_and_count_only_once_the_agent_has_caugh
 ) -> None:
     async def scenario() -> None:
         node = Node(tmp_path)
-        node.release(V1)
+        node.release(V1, cache=CachePolicy(tiers=TierUse.ALWAYS))
 
         async def ask(http: httpx.AsyncClient) -> str:
             return str((await http.post("/predict", json={"features": ROW})).headers["cache-status"])
