@@ -57,6 +57,7 @@ class DiskTier:
         self._generations: Generations | None = None  # the thread's
         self.cost = LookupCost()
         self._failed_at = -RETRY_S
+        self._told = ""  # why it was left alone last: said once, not at each retry
         self._stuck: asyncio.Future[Any] | None = None
         self._queue: dict[tuple[str, bytes], Entry] = {}
         self._queued_bytes = 0
@@ -183,10 +184,14 @@ class DiskTier:
 
     def _noticed(self, future: asyncio.Future[T]) -> None:
         """Whoever waited may have gone."""
-        error = None if future.cancelled() else future.exception()
+        if future.cancelled():
+            return
+        error = future.exception()
         if error is not None:
             self._failed_at = time.monotonic()
-            log.warning("cache_tier_left_alone", tier=self.name, cause=str(error))
+            if str(error) != self._told:
+                log.warning("cache_tier_left_alone", tier=self.name, cause=str(error))
+        self._told = "" if error is None else str(error)
 
     # In the thread from here on.
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from sys import intern
 from typing import Final
 
 import msgspec
@@ -131,8 +132,9 @@ def unpack(data: bytes, *, key: bytes, digest: str, namespace: str) -> Entry:
         raise EntryRefused("other_digest")
     return Entry(
         key=key,
-        model=about.model,
-        version=about.version,
+        # One string for all entries of a release, not one each.
+        model=intern(about.model),
+        version=intern(about.version),
         digest=digest,
         as_of=as_of - 1,
         stored_at_ms=about.stored_at_ms,
