@@ -22,7 +22,11 @@ class Hottest:
 
     def asked_again(self, ask: Ask) -> None:
         known = self._of.setdefault(ask.served.name, {})
-        if ask.key in known or sum(array.nbytes for array in ask.inputs.values()) > MAX_INPUT_BYTES:
+        if ask.key in known:
+            # The latest is valid where an earlier one was purged.
+            known[ask.key] = ask
+            return
+        if sum(array.nbytes for array in ask.inputs.values()) > MAX_INPUT_BYTES:
             return
         if len(known) >= MOST:
             del known[next(iter(known))]

@@ -25,6 +25,7 @@ from edge_node.caching.memory_tier import MemoryTier
 from edge_node.serving.lane import self_test
 from edge_node.serving.lane.connection import LaneProtocol
 from edge_node.serving.lane.heads import admitted, candidate
+from edge_node.serving.lane.lane import Lane
 from edge_node.serving.lane.repeats import MAX_HEADS
 from edge_node.serving.main import Worker
 from inference.onnx_model import OnnxModel
@@ -72,6 +73,21 @@ async def said(port: int, chunks: Sequence[bytes]) -> bytes:
         return b"reset"
     finally:
         writer.close()
+
+
+SERVED: list[LaneProtocol] = []
+
+
+def remember_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In `SERVED`, those of this test."""
+    seen = LaneProtocol.connection_made
+    SERVED.clear()
+
+    def remember(self: LaneProtocol, transport: Any) -> None:
+        SERVED.append(self)
+        seen(self, transport)
+
+    monkeypatch.setattr(LaneProtocol, "connection_made", remember)
 
 
 @asynccontextmanager
@@ -309,6 +325,49 @@ def test_a_body_ends_where_its_head_says_and_nowhere_else(tmp_path: Path) -> Non
     run(scenario())
 
 
+def test_a_body_in_a_second_piece_takes_the_lane_and_one_that_does_not_come_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bytes] = []
+    original = Lane.ask
+
+    def ask(lane: Lane, known: Any, body: bytes, *rest: Any) -> Any:
+        asked.append(body)
+        return original(lane, known, body, *rest)
+
+    monkeypatch.setattr(Lane, "ask", ask)
+
+    async def scenario() -> None:
+        async with doors(tmp_path) as both:
+            body = infer_body()
+            whole = request(body)
+            head = whole[: -len(body)]
+            await both.both([whole, LAST])
+            assert not asked
+            for chunks in ([head, body], [whole[:-7], whole[-7:]]):
+                lane, plain = await both.both([*chunks, *chunks, LAST])
+                assert lane == plain and lane.count(b"200 OK") == 3
+            assert len(asked) == 1 and len(both.lane.lane.heads) == 1, "the others were repeats"
+            lane, plain = await both.both([head, body[:9], body[9:], LAST])
+            assert lane == plain and lane.count(b"200 OK") == 2 and len(asked) == 1
+            # The sweep hands what waits to the parser, which has the clocks.
+            reader, writer = await asyncio.open_connection("127.0.0.1", both.ports[0])
+            writer.write(head + body[:9])
+            (connection,) = [c for c in SERVED if c._half] or await some_half()
+            connection.tend(asyncio.get_running_loop().time())
+            assert connection.mid_message and not connection._half
+            writer.write(body[9:] + LAST)
+            assert (await asyncio.wait_for(reader.read(), 5)).count(b"200 OK") == 2
+            writer.close()
+
+    async def some_half() -> list[LaneProtocol]:
+        await until(lambda: any(c._half for c in SERVED))
+        return [c for c in SERVED if c._half]
+
+    remember_connections(monkeypatch)
+    run(scenario())
+
+
 def test_a_repeat_obeys_a_purge_a_swap_and_its_ttl_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = OnnxModel.load
 
@@ -341,7 +400,7 @@ def test_a_repeat_obeys_a_purge_a_swap_and_its_ttl_at_once(tmp_path: Path, monke
             while both.lane.slots.get("digits").serving.wanted.sequence == 1:
                 await tier()
             found, scores, _ = await tier()
-            assert found == "fwd" and np.allclose(scores, truth(V2, [ROW])[0], rtol=1e-5)
+            assert found == "hit" and np.allclose(scores, truth(V2, [ROW])[0], rtol=1e-5), "prefilled"
             node.release(V1, version="v3", cache=CachePolicy(ttl_s=1.5, stale_while_revalidate_s=0.0))
             await until(lambda: both.lane.slots.get("digits").serving.wanted.sequence == 3)
             await tier()
@@ -442,17 +501,8 @@ def test_a_drain_answers_what_is_in_the_lane_and_closes(tmp_path: Path, monkeypa
             assert answer.startswith(b"HTTP/1.1 200 OK") and b"\r\nconnection: close\r\n\r\n{" in answer
             writer.close()
 
-    seen = LaneProtocol.connection_made
-
-    def remember(self: LaneProtocol, transport: Any) -> None:
-        SERVED.append(self)
-        seen(self, transport)
-
-    monkeypatch.setattr(LaneProtocol, "connection_made", remember)
+    remember_connections(monkeypatch)
     run(scenario())
-
-
-SERVED: list[LaneProtocol] = []
 
 
 def test_heads_and_repeats_are_bounded(tmp_path: Path) -> None:

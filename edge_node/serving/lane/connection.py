@@ -3,8 +3,10 @@
 Laws:
 - The lane is tried only where the parser stands at a message's beginning, nothing is in flight, nothing is held, the
   client reads what it is given and no drain has begun.
-- It takes a chunk only if that is one known head and exactly the body that the head announces: everything else, split,
+- It takes bytes only if they are one known head and exactly the body that the head announces: everything else,
   pipelined or malformed, is the parser's, from its first byte.
+- A body that comes in a second piece, as many clients send it, is waited for until the next sweep; one in more pieces is
+  the parser's.
 - While a request is in the lane nothing is fed to the parser: what comes is held, and reading is paused.
 - What goes wrong in the lane before anything was started falls back to the parser, and is logged.
 
@@ -46,6 +48,7 @@ class LaneProtocol(GuardedProtocol):
         self._in_lane = False
         self._used = False  # since the last sweep
         self._held_data = b""
+        self._half = b""  # a known head, whose body has not come whole
         self._candidate: bytes | None = None
 
     def busy(self) -> bool:
@@ -68,12 +71,20 @@ class LaneProtocol(GuardedProtocol):
     # -- bytes in
 
     def data_received(self, data: bytes) -> None:
+        may_wait = not self._half
+        if not may_wait:
+            data, self._half = self._half + data, b""
         if self._clear:
             t0 = perf_counter_ns()
             lane = self._lane
             end = data.find(b"\r\n\r\n") + 4
             known = lane.heads.get(data[:end])
-            if known is not None and len(data) - end == known.length and self.shared.drains_since is None:
+            if known is None or self.shared.drains_since is not None:
+                pass
+            elif may_wait and len(data) - end < known.length:
+                self._half, self._used = data, True
+                return
+            elif len(data) - end == known.length:
                 self._used = True
                 body = data[end:]
                 repeat = known.repeats.get(body)
@@ -183,11 +194,20 @@ class LaneProtocol(GuardedProtocol):
         self._clear = False
         super()._leave(last)
 
+    def _give_up_waiting(self) -> None:
+        """The parser has the clocks for a body that is slow to come."""
+        if self._half:
+            data, self._half = self._half, b""
+            self._candidate = candidate(data)
+            super().data_received(data)
+
     def tend(self, now: float) -> None:
+        self._give_up_waiting()
         if self._used:
             self._used, self.last_active = False, now
         super().tend(now)
 
     def shutdown(self) -> None:
+        self._give_up_waiting()
         if not self._in_lane:
             super().shutdown()
