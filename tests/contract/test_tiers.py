@@ -22,7 +22,7 @@ from edge_node.caching.disk_tier import DiskTier
 from edge_node.caching.entry import Entry, pack
 from edge_node.caching.memory_tier import MemoryTier
 from edge_node.caching.redis_tier import RedisTier
-from edge_node.caching.tier_choice import LookupCost
+from edge_node.caching.tier_choice import FIRST_LOOKUPS, LookupCost
 from edge_node.caching.tiers import SharedTier
 from schemas.errors import Conflict
 from schemas.metrics import gauge
@@ -174,7 +174,7 @@ def test_memory_is_bounded_and_a_scan_does_not_wash_it_out() -> None:
 
 
 FILL = """
-import gc, os, time
+import gc, os, sys, time
 from edge_node.caching.entry import Entry, pack, unpack
 from edge_node.caching.memory_tier import MemoryTier
 
@@ -188,7 +188,7 @@ def fill(tier, count):
         one = Entry(
             key=os.urandom(16), model="digits", version="v1", digest="d" * 64, as_of=2**33 + number, stored_at_ms=now,
             fresh_until_ms=now + number, stale_until_ms=now + 2 * number, error_until_ms=now + 3 * number,
-            body=os.urandom(300),
+            body=os.urandom(300), tags=(f"user:{number}",) if sys.argv[1] == "tagged" else (),
         )
         # As it comes from another tier, with nothing that others have too.
         tier.put(unpack(pack(one, "space"), key=one.key, digest=one.digest, namespace="space"))
@@ -214,8 +214,9 @@ print(len(tier) * counted // COUNT, grown, rss() - before, best, tracked)
 """
 
 
-def test_memory_takes_what_it_counts_and_no_time_of_the_collector() -> None:
-    ran = subprocess.run([sys.executable, "-c", FILL], capture_output=True, text=True, check=True, timeout=60)
+@pytest.mark.parametrize("kind", ["plain", "tagged"])
+def test_memory_takes_what_it_counts_and_no_time_of_the_collector(kind: str) -> None:
+    ran = subprocess.run([sys.executable, "-c", FILL, kind], capture_output=True, text=True, check=True, timeout=60)
     counted, grown, after_churn, collection_s, tracked = map(float, ran.stdout.split())
     assert 0.85 * counted < grown < 1.03 * counted
     # 100,000 further entries in the place of the first.
@@ -269,6 +270,42 @@ def test_the_bytes_in_memory_are_told(tmp_path: Path) -> None:
         assert told.get() == 0
 
     over("disk", tmp_path, check)
+
+
+def test_only_the_tiers_that_are_named_are_asked_and_filled(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with opened("redis", tmp_path) as redis, opened("disk", tmp_path) as disk:
+            cache = Cache(MemoryTier(MEGABYTE), redis, disk)
+            cache.adopt(SPACE)
+            one, two = entry(1), entry(2)
+            await put(redis, one)
+            for tiers in ((), ("disk",)):
+                assert await cache.lookup_shared([one.key], DIGEST, tiers=tiers) == {}
+            assert await cache.lookup_shared([one.key], DIGEST, tiers=("redis",)) == {one.key: (one, "redis")}
+            cache.fill(two, shared=True, tiers=("disk",))
+            await cache.settle()
+            assert await get(redis, two) is None and await get(disk, two) == two
+            # What Redis had was not promoted past a tier that was not asked.
+            assert await get(disk, one) is None
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("kind", ["redis", "disk"])
+def test_a_tier_that_nobody_asks_is_probed(kind: str, tmp_path: Path) -> None:
+    async def check(tier: SharedTier) -> None:
+        cache = Cache(MemoryTier(MEGABYTE), *((tier, None) if kind == "redis" else (None, tier)))
+        for _ in range(50):
+            cache.tend()
+            await asyncio.sleep(0.02)
+        first = tier.cost.lookups
+        assert FIRST_LOOKUPS <= first <= FIRST_LOOKUPS + 1 and 0 < cache.lookup_s()[kind] < 0.05
+        for _ in range(60):
+            cache.tend()
+            await asyncio.sleep(0.02)
+        assert first < tier.cost.lookups <= first + 2
+
+    over(kind, tmp_path, check)
 
 
 def test_redis_forgets_when_nothing_may_use_it_any_more(tmp_path: Path) -> None:
