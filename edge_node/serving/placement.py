@@ -7,7 +7,7 @@
 
 Laws: a graph with control flow never runs in the loop, since how long it took says nothing of how long it takes; a run
 that was once slow by chance does not move a model, several in a row do; between the two places lies a margin, so that a
-model near the border does not move to and fro.
+model near the border does not move back and forth.
 
 It must not know models, queues or clocks.
 """
