@@ -111,7 +111,7 @@ class Publisher:
         )  # fmt: skip
         proof = await asyncio.to_thread(_read_golden, request)
         report = await asyncio.to_thread(self._try, request, artifact)  # 1
-        template = _released(request, artifact, report, None if proof is None else proof[0])
+        template = released(request, artifact, report, None if proof is None else proof[0])
         await self._upload(request, artifact, proof, progress)  # 2
         return await self._append(
             request.model,
@@ -209,7 +209,7 @@ def _read_golden(request: ReleaseRequest) -> tuple[Golden, bytes] | None:
     return Golden(object_key=key, sha256=digest, rtol=request.rtol, atol=request.atol), data
 
 
-def _released(request: ReleaseRequest, artifact: Artifact, report: TrialReport, golden: Golden | None) -> ModelReleased:
+def released(request: ReleaseRequest, artifact: Artifact, report: TrialReport, golden: Golden | None) -> ModelReleased:
     """The event but for its sequence. `BadInput` if it cannot be one."""
     return ModelReleased(
         model=request.model,
