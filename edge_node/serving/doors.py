@@ -16,11 +16,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from edge_node.serving import answers
+from edge_node.serving.asking import Asking
 from edge_node.serving.bodies import JSON_LENGTH, read_body, whole
 from edge_node.serving.controls import Consulted, controls_of
 from edge_node.serving.gate import Note, note
 from edge_node.serving.model_slot import Slots
-from edge_node.serving.predict import Answer, Predictor
+from edge_node.serving.predict import Answer
 from edge_node.serving.reporter import Identity
 from edge_node.serving.repository import named
 from edge_node.serving.served import Served
@@ -41,25 +42,25 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 class PredictionDoors:
-    def __init__(self, slots: Slots, predictor: Predictor, identity: Identity, limits: Limits) -> None:
-        self._slots, self._predictor, self._identity, self._limits = slots, predictor, identity, limits
+    def __init__(self, slots: Slots, asking: Asking, identity: Identity, limits: Limits) -> None:
+        self._slots, self._asking, self._identity, self._limits = slots, asking, identity, limits
 
     async def predict(self, request: Request) -> Response:
         noted = note(request.scope)
-        controls = controls_of(request.scope["headers"], self._predictor.now())
+        controls = controls_of(request.scope["headers"], self._asking.now())
         asked = oip.parse(await self._body(request, noted), _PREDICT)
         served = self._meant(asked.model, noted)
         spec = _only_input(served)
         answers.check_json(served)
         row = {spec.name: oip.row_of(spec, asked.features)}
-        answer = await self._predictor.predict(served, row, None, controls)
+        answer = await self._asking.predict(served, row, None, controls)
         _answered(noted, answer)
         body = answers.predict_answer(served, answer, self._identity.region)
         return whole(body, answers.answer_headers(served, answer, len(body)))
 
     async def batch_predict(self, request: Request) -> Response:
         noted = note(request.scope)
-        controls = controls_of(request.scope["headers"], self._predictor.now())
+        controls = controls_of(request.scope["headers"], self._asking.now())
         asked = oip.parse(await self._body(request, noted), _BATCH)
         served = self._meant(asked.model, noted)
         if not 0 < len(asked.features) <= self._limits.batch_rows:
@@ -67,7 +68,7 @@ class PredictionDoors:
         spec = _only_input(served)
         answers.check_json(served)
         rows = [{spec.name: _row(spec, features, i)} for i, features in enumerate(asked.features)]
-        found = await self._predictor.predict_rows(served, rows, controls)
+        found = await self._asking.predict_rows(served, rows, controls)
         computed = [a for a in found if not a.cached]
         _answered(noted, computed[0] if computed else found[0])
         predictions = [prediction_of(a.body)[0] for a in found]
@@ -78,7 +79,7 @@ class PredictionDoors:
 
     async def infer(self, request: Request) -> Response:
         noted = note(request.scope)
-        controls = controls_of(request.scope["headers"], self._predictor.now())
+        controls = controls_of(request.scope["headers"], self._asking.now())
         body = await self._body(request, noted)
         served = named(self._slots, request)
         _named(noted, served)
@@ -93,7 +94,7 @@ class PredictionDoors:
         if has_rows and any(array.shape and array.shape[0] > self._limits.batch_rows for array in inputs.values()):
             raise BadInput(f"a request has at most {self._limits.batch_rows} rows")
         as_binary = oip.binary_outputs(asked, served.outputs)
-        answer = await self._predictor.predict(served, inputs, asked.output_names, controls, asked.meaning)
+        answer = await self._asking.predict(served, inputs, asked.output_names, controls, asked.meaning)
         _answered(noted, answer)
         return _infer_answer(served, answer, asked.id, as_binary)
 

@@ -29,6 +29,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from edge_node.serving import answers, repository
+from edge_node.serving.asking import Asking
 from edge_node.serving.bodies import read_body, smaller, whole
 from edge_node.serving.docs_page import POLICY, page
 from edge_node.serving.doors import Limits, PredictionDoors
@@ -82,7 +83,8 @@ class Doors(PredictionDoors):
         limits: Limits,
         statistics: Statistics,
     ) -> None:
-        super().__init__(slots, predictor, identity, limits)
+        super().__init__(slots, Asking(predictor), identity, limits)
+        self._predictor = predictor
         self._state, self.statistics = state, statistics
 
     async def model(self, request: Request) -> Response:
