@@ -54,12 +54,13 @@ SLOW_BYTES = slow_bytes()
 class Edge(WorkerProcess):
     """A worker that serves each of the models, with Redis for its only tier beside memory."""
 
-    def __init__(self, directory: Path, redis_url: str, **settings: object) -> None:
-        super().__init__(directory, redis_url=redis_url, disk_cache_bytes=0, **settings)
+    def __init__(self, directory: Path, redis_url: str, *, before: str = "", **settings: object) -> None:
+        super().__init__(directory, before=before, redis_url=redis_url, disk_cache_bytes=0, **settings)
         self.node.release(SLOW_BYTES, model=SLOW)
         self.node.release(SLOW_BYTES, model=SLOW_NEVER, cache=CachePolicy(tiers=TierUse.NEVER))
         self.node.release(models.mlp_bytes(2), model=FAST_ALWAYS, cache=CachePolicy(tiers=TierUse.ALWAYS))
-        self.http = httpx.Client(base_url=f"http://{LOOPBACK}:{self.port}", trust_env=False, timeout=10)
+        self.url = f"http://{LOOPBACK}:{self.port}"
+        self.http = httpx.Client(base_url=self.url, trust_env=False, timeout=10)
 
     def __exit__(self, *error: object) -> None:
         self.http.close()
@@ -95,14 +96,18 @@ async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
 
 
 @asynccontextmanager
-async def edges(directory: Path, count: int, **settings: object) -> AsyncIterator[tuple[Valkey, Redis, list[Edge]]]:
+async def edges(
+    directory: Path, count: int, *, before: str = "", **settings: object
+) -> AsyncIterator[tuple[Valkey, Redis, list[Edge]]]:
     async with one_valkey(directory) as server, Redis.from_url(server.url) as redis:
         with ExitStack() as stack:
             started = []
             for number in range(count):
                 home = directory / f"edge-{number}"
                 home.mkdir()
-                started.append(await asyncio.to_thread(stack.enter_context, Edge(home, server.url, **settings)))
+                started.append(
+                    await asyncio.to_thread(stack.enter_context, Edge(home, server.url, before=before, **settings))
+                )
             for edge in started:
                 await until(edge.measured)
             yield server, redis, started
