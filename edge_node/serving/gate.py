@@ -94,9 +94,13 @@ class Gate:
 
 def _refusal(scope: Scope) -> tuple[int, str] | None:
     headers: list[tuple[bytes, bytes]] = scope["headers"]
-    if len(headers) > MAX_HEADERS or sum(len(k) + len(v) for k, v in headers) > MAX_HEADER_BYTES:
+    size, hosts = 0, []
+    for name, value in headers:
+        size += len(name) + len(value)
+        if name == b"host":
+            hosts.append(value)
+    if len(headers) > MAX_HEADERS or size > MAX_HEADER_BYTES:
         return 431, f"more than {MAX_HEADERS} headers, or {MAX_HEADER_BYTES} bytes of them"
-    hosts = [value for name, value in headers if name == b"host"]
     if len(hosts) != 1 or not HOST.fullmatch(hosts[0]):
         return 400, "a request has exactly one valid Host header"
     path = (scope.get("raw_path") or scope["path"].encode()).partition(b"?")[0]

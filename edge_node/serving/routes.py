@@ -27,6 +27,7 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from edge_node.serving import answers, repository
 from edge_node.serving.asking import Asking
@@ -182,28 +183,34 @@ def paths(doors: Doors) -> list[tuple[str, str, Endpoint]]:
 def build_app(doors: Doors, state: State, rows: Rows, identity: Identity) -> Starlette:
     always = ((b"mlcdn-region", identity.region.encode()), (b"mlcdn-node", identity.node.encode()))
     app = Starlette(
-        routes=[Route(path, _answered(endpoint), methods=[method]) for method, path, endpoint in paths(doors)],
+        routes=[Route(path, Answered(endpoint), methods=[method]) for method, path, endpoint in paths(doors)],
         middleware=[Middleware(Gate, rows=rows, draining=lambda: state.draining, headers=always)],
-        exception_handlers={
-            MlcdnError: _on_ours,
-            HTTPException: _on_http,
-            ClientDisconnect: _on_disconnect,
-            Exception: _on_bug,
-        },
+        exception_handlers={HTTPException: _on_http, Exception: _on_bug},
     )
     app.router.redirect_slashes = False
     return app
 
 
-def _answered(endpoint: Endpoint) -> Endpoint:
-    async def answered(request: Request) -> Response:
-        return await smaller(request, await endpoint(request))
+class Answered:
+    """An endpoint as an ASGI app: its answer, or its error's. Starlette's own wrapping of functions takes 15 us."""
 
-    return answered
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        try:
+            response = await smaller(request, await self._endpoint(request))
+        except MlcdnError as error:
+            response = _on_ours(error)
+        except HTTPException as error:
+            response = await _on_http(request, error)
+        except ClientDisconnect:
+            response = _json({"error": "the client closed the connection before its body was whole"}, 400)
+        await response(scope, receive, send)
 
 
-async def _on_ours(_: Request, error: Exception) -> Response:
-    assert isinstance(error, MlcdnError)
+def _on_ours(error: MlcdnError) -> Response:
     status, headers, body = answers.error_answer(error)
     if status >= 500:
         log.warning("request_failed", status=status, cause=str(error))
@@ -216,10 +223,6 @@ async def _on_http(_: Request, error: Exception) -> Response:
     body = answers.error_body(detail)
     said = [(name.lower().encode(), value.encode("latin-1")) for name, value in (error.headers or {}).items()]
     return whole(body, said + answers.body_headers(len(body)), error.status_code)
-
-
-async def _on_disconnect(_: Request, __: Exception) -> Response:
-    return _json({"error": "the client closed the connection before its body was whole"}, 400)
 
 
 async def _on_bug(_: Request, __: Exception) -> Response:
