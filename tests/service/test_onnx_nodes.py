@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import helper
 
 from mlcdn.identities import ensure_identities
 from mlcdn.local_stack.running import RunningStack
@@ -25,7 +26,7 @@ from streams.log.keys import load_private, load_roots
 from streams.log.producer import KafkaAppender
 from streams.log.reader import KafkaReader
 from streams.log.writer import Writer
-from tests import onnx_nodes
+from tests import models, onnx_nodes
 from tests.edge_node_process import EdgeNode, node_settings, until
 from tests.node_client import Arrays, NodeClient, texts
 from tests.onnx_nodes import Case, NodesWorker, Verdict, judge
@@ -46,7 +47,16 @@ WHOLE_WAY = {
 
 @pytest.fixture(scope="module")
 def cases() -> list[Case]:
-    return onnx_nodes.cases()
+    return onnx_nodes.node_cases()
+
+
+def test_models_that_come_as_files_are_answered_as_onnxruntime_answers(tmp_path: Path) -> None:
+    chosen = onnx_nodes.model_cases()
+    with NodesWorker(tmp_path) as worker:
+        outcomes = onnx_nodes.run(chosen, worker)
+    said = "\n".join(onnx_nodes.table(outcomes))
+    counts = Counter(outcome.verdict for outcome in outcomes)
+    assert counts[Verdict.WRONG] == 0 and counts[Verdict.PASSED] >= 0.6 * len(chosen), said
 
 
 def test_a_sample_of_the_node_tests_is_answered_as_onnxruntime_answers(cases: list[Case], tmp_path: Path) -> None:
@@ -122,6 +132,21 @@ def test_a_node_test_over_the_whole_way(whole: Whole, cases: list[Case], name: s
     except ModelRefused as error:
         model = error
     assert judge(case, model, whole.client).verdict is WHOLE_WAY[name]
+
+
+def test_an_optional_tensor_may_be_left_out(whole: Whole) -> None:
+    optional = helper.make_optional_type_proto(helper.make_tensor_type_proto(models.FLOAT, ["N"]))
+    x = helper.make_value_info("x", optional)
+    there = models.node("OptionalHasElement", ["x"], ["y"])
+    whole.publish("optional", models.model_bytes([there], [x], [models.value("y", models.BOOL, [])], opset=18))
+    (said,) = whole.client.described("optional")["inputs"]
+    assert said == {"name": "x", "datatype": "FP32", "shape": [-1], "parameters": {"optional": True}}
+    for inputs in ({}, {"x": np.ones(2, np.float32)}):
+        for answer in (
+            whole.client.ask_json("optional", inputs, {"x": "FP32"}),
+            whole.client.ask_binary("optional", inputs, {"x": "FP32"}, ["y"]),
+        ):
+            assert answer["y"].shape == () and answer["y"].item() is bool(inputs)
 
 
 def classifier(labels: list[int] | list[str]) -> tuple[bytes, Arrays, Any]:
