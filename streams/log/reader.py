@@ -14,7 +14,15 @@ from contextlib import closing
 from operator import methodcaller
 from typing import Any, Final, cast
 
-from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka import (
+    OFFSET_INVALID,
+    Consumer,
+    IsolationLevel,
+    KafkaError,
+    KafkaException,
+    TopicCollection,
+    TopicPartition,
+)
 from confluent_kafka import Message as Delivered
 from confluent_kafka.admin import (  # type: ignore[attr-defined] # the package's stub forgets to export it
     AdminClient,
@@ -205,7 +213,7 @@ class KafkaReader:
                 for spec in specs
             ]
             try:
-                return [int(future.result().offset) for future in asked]
+                offsets = [int(future.result().offset) for future in asked]
             except KafkaException as error:
                 code = error.args[0].code()
                 # "No leader found": no such topic, no such partition, or no broker. Asking for the topic tells which.
@@ -214,6 +222,12 @@ class KafkaReader:
                 # A topic that was just made, or a broker that just came back, is led a moment later.
                 if code not in _NO_LEADER_YET or time.monotonic() > give_up:
                     raise self._translated(error, topic) from error
+            else:
+                # What the client gives for a question that was sent and not answered in time, and no error with it.
+                # Taken for an offset it would be a log that ends at its start, and a reader that has caught up.
+                if OFFSET_INVALID in offsets:
+                    raise Unreachable("Kafka", self._bootstrap, f"it does not say where {topic} begins and ends")
+                return offsets
             time.sleep(_LEADER_PAUSE_S)
 
     def _raise_unless_passing(self, error: KafkaError, topic: str) -> None:
