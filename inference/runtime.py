@@ -44,7 +44,9 @@ FAILURES: Final[tuple[type[Exception], ...]] = (
 )
 
 _PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ")
-_PLACE = re.compile(r"\S*/\S*\.(?:cc|h|hpp|cpp|cu)(?::\d+)?(?: [^\n]*?\)(?: const)?(?: \[with [^\]]*\])?)?\s*")
+_PLACE = re.compile(
+    r"\S*/\S*\.(?:cc|h|hpp|cpp|cu)(?::\d+)?(?: [^\n]*?\)(?: const)?(?:::<lambda\(.*?\)>)?(?: \[with [^\]]*\])?)?\s*"
+)
 _PATH = re.compile(r"(?<![\w/.])/(?:[\w.+-]+/)+[\w.+-]*")
 _MEMORY = re.compile(r"alloc|out of memory|BFCArena|can't start new thread", re.IGNORECASE)
 _MAX_REASON: Final = 300

@@ -164,6 +164,14 @@ def test_bfloat16_goes_in_and_out_as_its_bits() -> None:
     assert got["y"].tolist() == [0x3F80, 0xC000]
 
 
+def test_a_reason_names_no_place_in_the_library() -> None:
+    normalizer = node("StringNormalizer", ["x"], ["y"], locale="none_NONE", case_change_action="LOWER")
+    data = models.model_bytes([normalizer], [value("x", STRING, ["N"])], [value("y", STRING, ["N"])])
+    with pytest.raises(ModelRefused, match=r"cannot load it: [\w ]+: Failed to construct locale") as refused:
+        made(data)
+    assert "::<" not in refused.value.reason and ".cc" not in refused.value.reason
+
+
 def test_a_scalar_beside_or_in_bfloat16_stays_a_scalar() -> None:
     bf16 = 16
     data = models.model_bytes(
