@@ -28,6 +28,7 @@ from schemas.errors import BadInput, MlcdnError, Overloaded, Unreachable
 Headers = list[tuple[bytes, bytes]]
 JSON: Final = b"application/json"
 BINARY: Final = b"application/octet-stream"
+JSON_LENGTH: Final = b"inference-header-content-length"
 # From this size on an answer may be compressed for who accepts it, and says that it depends on that.
 COMPRESSIBLE_BYTES: Final = 1_024
 _json = msgspec.json.Encoder().encode
@@ -36,6 +37,14 @@ _json = msgspec.json.Encoder().encode
 def infer_answer(served: Served, packed: bytes, request_id: str | None) -> bytes:
     """BadInput where an output has no JSON form: `check_json` says so before a run."""
     return oip_answers.infer_answer(served.name, served.wanted.version, request_id, outputs_json(packed))
+
+
+def binary_answer(
+    served: Served, answer: Answer, request_id: str | None, names: frozenset[str]
+) -> tuple[bytes, Headers]:
+    """With the outputs `names` as binary data."""
+    body, head = oip_answers.binary_answer(served.name, served.wanted.version, request_id, answer.body, names)
+    return body, [*answer_headers(served, answer, len(body), BINARY), (JSON_LENGTH, b"%d" % head)]
 
 
 def predict_answer(served: Served, answer: Answer, region: str) -> bytes:

@@ -27,7 +27,6 @@ from edge_node.serving.repository import named
 from edge_node.serving.served import Served
 from inference import protocol as oip
 from inference.datatypes import TensorSpec
-from inference.oip_answers import binary_answer
 from inference.packed import prediction_of
 from schemas.errors import BadInput, BadTensor
 from schemas.events import ModelRef
@@ -121,9 +120,7 @@ def _infer_answer(served: Served, answer: Answer, request_id: str | None, as_bin
     if not as_binary:
         body = answers.infer_answer(served, answer.body, request_id)
         return whole(body, answers.answer_headers(served, answer, len(body)))
-    body, head = binary_answer(served.name, served.wanted.version, request_id, answer.body, as_binary)
-    headers = answers.answer_headers(served, answer, len(body), answers.BINARY)
-    return whole(body, [*headers, (JSON_LENGTH.encode(), b"%d" % head)])
+    return whole(*answers.binary_answer(served, answer, request_id, as_binary))
 
 
 def _row(spec: TensorSpec, features: msgspec.Raw, index: int) -> oip.Array:

@@ -149,6 +149,23 @@ def infer_body(values: Sequence[float] = ROW, **changes: Any) -> bytes:
     return json.dumps({"inputs": [tensor | changes], **top}).encode()
 
 
+def binary_request(
+    values: Sequence[float] = ROW,
+    *,
+    shape: Sequence[int] = (1, 32),
+    size: int | None = None,
+    more: bytes = b"",
+    **top: Any,
+) -> bytes:
+    raw = np.array(values, "<f4").tobytes()
+    parameters = {"binary_data_size": len(raw) if size is None else size}
+    tensor = {"name": "features", "shape": list(shape), "datatype": "FP32", "parameters": parameters}
+    head = json.dumps({"inputs": [tensor], **top}).encode()
+    return request(head + raw + more, INFER, f"Inference-Header-Content-Length: {len(head)}").replace(
+        b"application/json", b"application/octet-stream"
+    )
+
+
 LAST = b"GET /v2/health/live HTTP/1.1\r\nHost: edge\r\nConnection: close\r\n\r\n"
 
 
@@ -231,6 +248,18 @@ HEADERS = st.lists(
 REQUESTS = st.one_of(
     st.builds(lambda body, path, headers: request(body, path, *headers), BODIES, PATHS, HEADERS),
     st.builds(lambda v: request(infer_body(v)), VALUES),
+    st.builds(
+        binary_request,
+        st.sampled_from([ROW, [0.0] * 32, [float("nan")] * 32, [float("inf")] * 32, ROW[:31], ROW * 2]),
+        shape=st.sampled_from([(1, 32), (2, 32), (32,), (0, 32), (-1, 32)]),
+        size=st.sampled_from([None, 4, 0, -1, 2**40]),
+        more=st.sampled_from([b"", b"x", b"    "]),
+        parameters=st.sampled_from([{}, {"binary_data_output": True}, {"binary_data_output": 1}, {"other": 1}]),
+        id=st.sampled_from([None, "a"]),
+    ),
+    st.builds(
+        binary_request, st.sampled_from([ROW, [float("nan")] * 32]), parameters=st.just({"binary_data_output": True})
+    ),
     st.sampled_from(
         [
             request(infer_body(), length=10),
@@ -476,6 +505,24 @@ def test_an_error_in_the_lane_is_said_as_on_the_full_path(tmp_path: Path, monkey
             assert lane == plain and b"HTTP/1.1 504" in lane
             lane, plain = await both.both([request(infer_body()), LAST])
             assert lane == plain and lane.count(b"200 OK") == 2
+
+    run(scenario())
+
+
+def test_binary_tensors_take_the_lane_under_the_key_of_json(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with doors(tmp_path) as both:
+            plain_answer = await both.both([request(infer_body()), LAST])
+            for ask in (
+                binary_request(parameters={"binary_data_output": True}),
+                binary_request(),
+                binary_request(id="7"),
+            ):
+                lane, plain = await both.both([ask, ask, ask, LAST])
+                assert lane == plain and lane.count(b"200 OK") == 4 and b"mlcdn-memory; hit" in lane
+            key = re.compile(rb"mlcdn-cache-key: \w+")
+            assert set(key.findall(lane)) == set(key.findall(plain_answer[0])), "transport is not in the key"
+            assert sum(len(head.repeats) for head in both.lane.lane.heads.values()) == 2
 
     run(scenario())
 

@@ -1,10 +1,11 @@
 """How the usual bodies become the one input of a release, and its key. PURE.
 
     infer     {"inputs": [{"name": …, "shape": [n, …], "datatype": …, "data": [flat numbers]}], "id": …?}
+    binary    the same with "parameters": {"binary_data_size": n} for data, "binary_data_output" at will, and the data behind
     predict   {"features": [flat numbers], "model": …?}
 
 Laws:
-- What is taken here is read exactly as `inference.protocol` reads it; whatever is not of these two forms, has another
+- What is taken here is read exactly as `inference.protocol` reads it; whatever is not of these forms, has another
   field, or does not fit the signature is not refused but left to the full path, which says what is wrong with it.
 - A number that its datatype cannot hold is such a case: nothing is wrapped, rounded to an integer or made infinite.
 
@@ -65,6 +66,27 @@ class _InferIntegers(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     id: str | None = None
 
 
+class _BinarySize(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    binary_data_size: int
+
+
+class _Binary(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    name: str
+    shape: list[int]
+    datatype: str
+    parameters: _BinarySize
+
+
+class _BinaryOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    binary_data_output: bool = False
+
+
+class _InferBinary(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    inputs: tuple[_Binary]
+    id: str | None = None
+    parameters: _BinaryOutput = _BinaryOutput()
+
+
 class _PredictFloats(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     features: list[float]
     model: str | None = None
@@ -84,17 +106,19 @@ _PREDICT: Final = {
     True: msgspec.json.Decoder(_PredictFloats).decode,
     False: msgspec.json.Decoder(_PredictIntegers).decode,
 }
+_read_binary = msgspec.json.Decoder(_InferBinary).decode
 _named = msgspec.json.Decoder(_Named).decode
 # msgspec's, of a body in neither form; struct's, of a number that its type cannot hold.
 NOT_USUAL: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, struct.error, OverflowError)
 
 
 class Taken(msgspec.Struct, gc=False):
-    """One request: its input by name, its key, and the id that its answer repeats."""
+    """One request: its input by name, its key, the id that its answer repeats, and whether it wants binary data."""
 
     inputs: dict[str, Array]
     key: bytes
     id: str | None
+    binary: bool = False
 
 
 class Binding:
@@ -132,17 +156,31 @@ class Binding:
     def infer(self, body: bytes) -> Taken | None:
         asked = self._read_infer(body)
         (tensor,) = asked.inputs
-        shape, data = tensor.shape, tensor.data
-        if (
-            tensor.datatype != self._datatype
-            or (tensor.name != self._name and tensor.name)
-            or shape[1:] != self._inner
-            or not 0 < shape[0] <= self._max_rows
-            or len(data) != shape[0] * self._width
-            or shape[0] * self._answers > _MAX_ELEMENTS
-        ):
+        if not self._fits(tensor, len(tensor.data)):
             return None
-        return self._taken(tuple(shape), data, asked.id)
+        return self._taken(tuple(tensor.shape), tensor.data, asked.id)
+
+    def binary(self, body: bytes, json_length: int) -> Taken | None:
+        asked = _read_binary(body[:json_length])
+        (tensor,) = asked.inputs
+        raw = body[json_length:]
+        values, rest = divmod(len(raw), self._dtype.itemsize)
+        if rest or tensor.parameters.binary_data_size != len(raw) or not self._fits(tensor, values):
+            return None
+        shape = tuple(tensor.shape)
+        array = np.frombuffer(raw, self._dtype).reshape(shape)
+        return Taken({self._name: array}, self._keys.of(shape, raw), asked.id, asked.parameters.binary_data_output)
+
+    def _fits(self, tensor: _Floats | _Integers | _Binary, values: int) -> bool:
+        shape = tensor.shape
+        return (
+            tensor.datatype == self._datatype
+            and (tensor.name == self._name or not tensor.name)
+            and shape[1:] == self._inner
+            and 0 < shape[0] <= self._max_rows
+            and values == shape[0] * self._width
+            and shape[0] * self._answers <= _MAX_ELEMENTS
+        )
 
     def predict(self, body: bytes) -> Taken | None:
         asked = self._read_predict(body)

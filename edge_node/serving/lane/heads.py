@@ -30,15 +30,26 @@ _METHOD: Final = b"POST "
 _NAME: Final = rb"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _INFER: Final = re.compile(rb"/v2/models/(%b)(?:/versions/(%b))?/infer" % (_NAME, _NAME))
 _LENGTH: Final = re.compile(rb"[0-9]{1,6}")
+_JSON_LENGTH: Final = b"inference-header-content-length"
 _ALLOWED: Final = frozenset(
-    {b"host", b"user-agent", b"accept", b"accept-encoding", b"connection", b"content-type", b"content-length"}
+    {
+        b"host",
+        b"user-agent",
+        b"accept",
+        b"accept-encoding",
+        b"connection",
+        b"content-type",
+        b"content-length",
+        _JSON_LENGTH,
+    }
 )
 
 
 class Head(msgspec.Struct, frozen=True):
     """What a request's head says. `length` is its body's.
 
-    `model` is None where `/predict` leaves it to the body; `coding` is what a long answer may have.
+    `model` is None where `/predict` leaves it to the body; `coding` is what a long answer may have,
+    and `json_length` how much of a body with binary tensors is JSON.
     """
 
     door: Door
@@ -46,6 +57,7 @@ class Head(msgspec.Struct, frozen=True):
     version: str | None
     length: int
     coding: str | None
+    json_length: int | None = None
 
 
 def candidate(data: bytes) -> bytes | None:
@@ -65,7 +77,9 @@ def admitted(raw: bytes, url: bytes, headers: Sequence[tuple[bytes, bytes]]) -> 
     named = dict(headers)
     if len(named) != len(headers) or not named.keys() <= _ALLOWED:
         return None
-    if named.get(b"content-type", b"application/json") != b"application/json":
+    json_length = named.get(_JSON_LENGTH)
+    kind = named.get(b"content-type", b"application/json")
+    if kind != b"application/json" and (json_length is None or kind != b"application/octet-stream"):
         return None
     if named.get(b"connection", b"keep-alive").lower() != b"keep-alive":
         return None
@@ -73,10 +87,19 @@ def admitted(raw: bytes, url: bytes, headers: Sequence[tuple[bytes, bytes]]) -> 
     if not HOST.fullmatch(named.get(b"host", b"")) or not _LENGTH.fullmatch(length) or int(length) > MAX_BODY_BYTES:
         return None
     coding = chosen(named.get(b"accept-encoding", b"").decode("latin-1"))
+    if json_length is not None and (not _LENGTH.fullmatch(json_length) or int(json_length) > int(length)):
+        return None
     if url == b"/predict":
-        return Head("predict", None, None, int(length), coding)
+        return None if json_length is not None else Head("predict", None, None, int(length), coding)
     match = _INFER.fullmatch(url)
     if match is None:
         return None
     model, version = match.groups()
-    return Head("infer", model.decode(), version.decode() if version else None, int(length), coding)
+    return Head(
+        "infer",
+        model.decode(),
+        version.decode() if version else None,
+        int(length),
+        coding,
+        int(json_length) if json_length is not None else None,
+    )

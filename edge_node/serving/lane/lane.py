@@ -149,7 +149,10 @@ class Lane:
         binding = bound.binding
         if binding is None:
             return None
-        taken = binding.infer(body) if head.door == "infer" else binding.predict(body)
+        if head.json_length is not None:
+            taken = binding.binary(body, head.json_length)
+        else:
+            taken = binding.infer(body) if head.door == "infer" else binding.predict(body)
         return None if taken is None else (slot, bound, taken)
 
     def _bind(self, served: Served) -> Bound:
@@ -199,19 +202,28 @@ class Lane:
     def _worded(self, known: KnownHead, bound: Bound, ask: Ask, taken: Taken, found: Found) -> tuple[Wire, int]:
         """And the size of its body."""
         head, age_s, position = known.head, self._predictor.age_s(found), self._predictor.position(ask)
+        if taken.binary:
+            answer = self._predictor.answer(ask, found)
+            body, headers = answers.binary_answer(bound.served, answer, taken.id, bound.output_names)
+            return self._smaller(body, headers, head.coding)
         if head.door == "infer":
             body = answers.infer_answer(bound.served, found.body, taken.id)
         else:
             body = answers.predict_answer(bound.served, self._predictor.answer(ask, found), self._region)
         size = len(body)
         if size >= answers.COMPRESSIBLE_BYTES and head.coding is not None:
-            small = encoded(body, head.coding)
-            if small is not None:
-                headers = answers.answer_headers(bound.served, self._predictor.answer(ask, found), size)
-                lines = answers.written(answers.smaller_headers(headers, head.coding, len(small)))
-                return Wire(200, b"".join((lines, self._always, _EMPTY_LINE, small))), len(small)
+            headers = answers.answer_headers(bound.served, self._predictor.answer(ask, found), size)
+            return self._smaller(body, headers, head.coding)
         lines = answers.answer_head(bound.model_lines, found.trail, age_s, position, ask.key, size)
         return Wire(200, b"".join((lines, self._always, _EMPTY_LINE, body))), size
+
+    def _smaller(self, body: bytes, headers: answers.Headers, coding: str | None) -> tuple[Wire, int]:
+        """In the coding that the caller likes, where that is worth it."""
+        if len(body) >= answers.COMPRESSIBLE_BYTES and coding is not None:
+            small = encoded(body, coding)
+            if small is not None:
+                body, headers = small, answers.smaller_headers(headers, coding, len(small))
+        return Wire(200, b"".join((answers.written(headers), self._always, _EMPTY_LINE, body))), len(body)
 
     def _refusal(self, error: MlcdnError) -> tuple[Wire, int]:
         status, headers, body = answers.error_answer(error)
@@ -224,11 +236,12 @@ class Lane:
 class Bound:
     """What the lane knows of a release: how to read its requests, and what all its answers say."""
 
-    __slots__ = ("binding", "limit_s", "model_lines", "row_index", "served")
+    __slots__ = ("binding", "limit_s", "model_lines", "output_names", "row_index", "served")
 
     def __init__(self, served: Served, max_rows: int, rows: Rows) -> None:
         self.served = served
         self.binding = Binding.of(served, max_rows)
         self.limit_s = served.wanted.released.limits.deadline_ms / 1e3
+        self.output_names = frozenset(spec.name for spec in served.outputs)
         self.model_lines = answers.written(answers.model_headers(served))
         self.row_index = rows.index_of(ModelRef(name=served.name, version=served.wanted.version, digest=served.digest))
