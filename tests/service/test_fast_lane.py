@@ -523,6 +523,18 @@ def test_binary_tensors_take_the_lane_under_the_key_of_json(tmp_path: Path) -> N
             key = re.compile(rb"mlcdn-cache-key: \w+")
             assert set(key.findall(lane)) == set(key.findall(plain_answer[0])), "transport is not in the key"
             assert sum(len(head.repeats) for head in both.lane.lane.heads.values()) == 2
+            for wrong in (
+                binary_request(size=4),
+                binary_request(size=127),
+                binary_request(ROW[:31]),
+                binary_request(ROW * 2),
+                binary_request(more=b"    "),
+                binary_request(shape=(2, 16)),
+                binary_request(parameters={"binary_data_output": 1}),
+            ):
+                # Its head is known from the first time on.
+                lane, plain = await both.both([wrong, wrong, wrong, LAST])
+                assert lane == plain and lane.count(b"HTTP/1.1 400") == 3
 
     run(scenario())
 
