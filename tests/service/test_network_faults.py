@@ -25,22 +25,42 @@ from schemas.topics import REQUESTS
 from streams.log.reader import KafkaReader
 from tests import models
 from tests.edge_node_process import EdgeNode, Operator, node_settings, rss_bytes, until
-from tests.open_loop import OpenLoop, percentile
+from tests.open_loop import OpenLoop, percentile, quiet_p99
 from tests.tcp_faults import TcpFaults
 from tests.worker_process import WorkerProcess
 
 OUTAGE_S = 5.0
-USUAL_S = 1.5
+USUAL_S = 2.5
 RATE = 100.0
 CAUGHT_UP_S = 5.0
 GROWTH_BYTES = 32 * 2**20
 START_S = 30.0
 PATIENCE_S = 3.0
-# The promise is 10 %. A p99 of some hundred requests on a machine of two cores, shared with whatever else runs, moves by
-# as many milliseconds from one run to the next; what this is to find (a wait for Kafka) costs hundreds.
-PACE, ADDED_MS = 1.1, 15.0
+# The promise is 10 %. A p99 of a few hundred requests moves by more on a machine of two cores, shared with whatever else
+# runs: so the quietest seconds with and without the fault are held against each other. What the whole outage may add is
+# little beside what this is to find: a wait for Kafka takes seconds.
+PACE, ADDED_MS = 1.1, 5.0
+ANY_ADDED_MS = 150.0
 ONE_WAY_S = 1.0
 MODEL, OTHER = "networked", "neighbour"
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """The p99 of a load in ms, and that of its quietest second."""
+
+    p99: float
+    quiet: float
+
+    @classmethod
+    def of(cls, load: OpenLoop) -> Pace:
+        return cls(percentile(load.ms, 0.99), quiet_p99(load.ms, int(RATE)))
+
+    def __str__(self) -> str:
+        return f"{self.p99:.1f} ms (quiet {self.quiet:.1f})"
+
+    def keeps(self, usual: Pace, times: float) -> bool:
+        return self.quiet < usual.quiet * times + ADDED_MS and self.p99 < usual.p99 * times + ANY_ADDED_MS
 
 
 @dataclass(slots=True)
@@ -66,12 +86,12 @@ class Scene:
     def load(self) -> OpenLoop:
         return OpenLoop(self.node.port, self.digests, rate=RATE)
 
-    def usual_ms(self) -> float:
-        """The p99 without a fault."""
+    def usual(self) -> Pace:
+        """Without a fault."""
         with self.load() as usual:
             time.sleep(USUAL_S)
         assert not usual.wrong
-        return percentile(usual.ms, 0.99)
+        return Pace.of(usual)
 
     def told(self) -> tuple[int, int]:
         return self.operator.rows(self.node.name)
@@ -125,7 +145,7 @@ def scene(built: Scene) -> Iterator[Scene]:
 def test_kafka_hears_nothing_loses_everything_or_is_far(scene: Scene, fault: str) -> None:
     """`held`: what is sent arrives after the outage. `lost`: it never does. `far`: it takes a second, and so the answer."""
     node, operator, kafka = scene.node, scene.operator, scene.kafka
-    usual_ms = scene.usual_ms()
+    usual = scene.usual()
     told, dropped = until(lambda: _settled(scene), CAUGHT_UP_S)
     release = operator.prepare(MODEL, scene.fresh())
     found = until(node.pids, 5)
@@ -151,13 +171,10 @@ def test_kafka_hears_nothing_loses_everything_or_is_far(scene: Scene, fault: str
     until(lambda: scene.obeyed() >= position, CAUGHT_UP_S)
     until(scene.up, CAUGHT_UP_S)
     took = time.monotonic() - returned
-    # What the machine's other work cost in the meantime cost it afterwards too.
-    usual_ms = max(usual_ms, scene.usual_ms())
-    p99_ms = percentile(load.ms, 0.99)
     assert connections > 2, "the node went past the proxy"
     assert not load.wrong
     assert load.answered == load.sent > OUTAGE_S * RATE * 0.9
-    assert p99_ms < usual_ms * PACE + ADDED_MS
+    assert Pace.of(load).keeps(usual, PACE)
     assert max(grown) < GROWTH_BYTES
     assert (passed > 0) == (fault == "far")
     assert fault == "far" or noticed == "degraded"
@@ -165,7 +182,7 @@ def test_kafka_hears_nothing_loses_everything_or_is_far(scene: Scene, fault: str
     assert node.pids() == found
     assert "ends below what was handled" not in node.log()
     print(  # noqa: T201
-        f"{fault}: {load.answered} answered, p99 {usual_ms:.1f} → {p99_ms:.1f} ms, "
+        f"{fault}: {load.answered} answered, p99 {usual} → {Pace.of(load)}, "
         f"grown {max(grown) / 2**20:.1f} MiB, caught up {took:.2f} s"
     )
 
@@ -217,7 +234,7 @@ def test_rows_that_found_no_room_are_counted_one_by_one(scene: Scene, kafka: Tcp
 
 def test_clients_that_hardly_write_or_never_read_slow_nobody_down(scene: Scene) -> None:
     node = scene.node
-    usual_ms, worker = scene.usual_ms(), node.worker()
+    usual, worker = scene.usual(), node.worker()
     before = rss_bytes(worker)
     slow_cut, deaf_cut = _cut(node, "head_slow"), _cut(node, "unread", "pipelined")
     with ExitStack() as clients, scene.load() as load:
@@ -238,14 +255,12 @@ def test_clients_that_hardly_write_or_never_read_slow_nobody_down(scene: Scene) 
                 break
         else:
             raise AssertionError("the node cuts none of them, or not all")
-    usual_ms = max(usual_ms, scene.usual_ms())
-    p99_ms = percentile(load.ms, 0.99)
     assert not load.wrong
     assert load.answered == load.sent > RATE
-    assert p99_ms < usual_ms * 2 + ADDED_MS
+    assert Pace.of(load).keeps(usual, 2)
     assert grown < GROWTH_BYTES
     assert node.worker() == worker
-    print(f"slow clients: {load.answered} answered, p99 {usual_ms:.1f} → {p99_ms:.1f} ms")  # noqa: T201
+    print(f"slow clients: {load.answered} answered, p99 {usual} → {Pace.of(load)}")  # noqa: T201
 
 
 def _answers(reader: KafkaReader) -> bool:
