@@ -80,7 +80,12 @@ class Settings(BaseSettings):
     )
 
     model_memory_bytes: int = Field(
-        0, ge=0, description="Memory for a worker's sessions; idle ones above it are loaded again when asked for. 0: no limit."
+        0,
+        ge=0,
+        description="Memory for a worker's sessions; idle ones above it are loaded again when asked for. 0: no limit.",
+    )
+    gateway_sets_tenant: bool = Field(
+        False, description="Believe mlcdn-tenant: a gateway before the node sets it, and lets no caller's through."
     )
     fast_lane: bool = Field(True, description="Answer usual requests below ASGI; off, all take the full path.")
     memory_cache_bytes: int = Field(64 * 2**20, ge=0, description="Size of a worker's memory tier; 0 turns it off.")

@@ -1,11 +1,12 @@
 """What a request's headers ask of the caches, and what an answer's headers say of them. No I/O.
 
     asked   Cache-Control: no-cache | no-store | only-if-cached | max-age=N · mlcdn-tags · mlcdn-deadline-ms
-            traceparent
+            mlcdn-tenant · traceparent
     said    Cache-Status (RFC 9211) · Age · mlcdn-model · mlcdn-digest · mlcdn-position · mlcdn-cache-key
 
 Laws: a directive that is not understood is ignored, as RFC 9111 has it; a header of ours that is wrong is refused. With
-Authorization in play it is part of the key, so no answer to one caller is given to another.
+Authorization in play it is part of the key, so no answer to one caller is given to another; a tenant's name counts only
+where a setting says that a gateway sets it.
 
 It must not know models, tiers' insides or bodies.
 """
@@ -24,7 +25,9 @@ from schemas.errors import BadInput
 MAX_TAGS: Final = 32
 MAX_TAG: Final = 256
 MAX_DEADLINE_MS: Final = 600_000
-_READ: Final = frozenset({b"cache-control", b"traceparent", b"authorization", b"mlcdn-tags", b"mlcdn-deadline-ms"})
+_READ: Final = frozenset(
+    {b"cache-control", b"traceparent", b"authorization", b"mlcdn-tenant", b"mlcdn-tags", b"mlcdn-deadline-ms"}
+)
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -63,8 +66,11 @@ class Consulted(msgspec.Struct, frozen=True):
         return "; ".join(parts)
 
 
-def controls_of(raw: Iterable[tuple[bytes, bytes]], as_of: int) -> Controls:
-    """`raw` are a request's headers, names in lower case. One that is there twice is one list (RFC 9110, section 5.3)."""
+def controls_of(raw: Iterable[tuple[bytes, bytes]], as_of: int, *, gateway: bool = False) -> Controls:
+    """`raw` are a request's headers, names in lower case. One that is there twice is one list (RFC 9110, section 5.3).
+
+    `gateway`: somebody trusted stands before us and says in `mlcdn-tenant` whose request it is.
+    """
     asked: dict[bytes, bytes] = {}
     for name, value in raw:
         if name in _READ:
@@ -79,7 +85,6 @@ def controls_of(raw: Iterable[tuple[bytes, bytes]], as_of: int) -> Controls:
         if d.startswith("max-age=") and d[8:].isascii() and d[8:].isdigit() and len(d) < 20
     ]
     traceparent = headers.get("traceparent", "")
-    authorization = headers.get("authorization", "")
     return Controls(
         as_of=as_of,
         no_cache="no-cache" in directives or ages == [0],
@@ -88,7 +93,7 @@ def controls_of(raw: Iterable[tuple[bytes, bytes]], as_of: int) -> Controls:
         max_age_s=min(ages, default=None),
         tags=_tags(headers.get("mlcdn-tags", "")),
         deadline_ms=_deadline(headers.get("mlcdn-deadline-ms")),
-        tenant=hashlib.blake2b(authorization.encode(), digest_size=16).hexdigest() if authorization else "",
+        tenant=_tenant(headers.get("mlcdn-tenant", "") if gateway else "", headers.get("authorization", "")),
         traceparent=traceparent if _TRACEPARENT.fullmatch(traceparent) else "",
     )
 
@@ -96,6 +101,13 @@ def controls_of(raw: Iterable[tuple[bytes, bytes]], as_of: int) -> Controls:
 def cache_status(trail: Sequence[Consulted]) -> str:
     """Nearest the origin first: the order that RFC 9211 wants, and the reverse of the order they were asked in."""
     return ", ".join(str(consulted) for consulted in reversed(trail))
+
+
+def _tenant(named: str, authorization: str) -> str:
+    """Whose answers these are. Callers whom a gateway counts as one tenant share them, whatever their credentials."""
+    if named:
+        return f"tenant {named}"
+    return hashlib.blake2b(authorization.encode(), digest_size=16).hexdigest() if authorization else ""
 
 
 def _tags(value: str) -> frozenset[str]:

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from edge_node.serving import answers
 from edge_node.serving.asking import Asking
 from edge_node.serving.bodies import JSON_LENGTH, read_body, whole
-from edge_node.serving.controls import Consulted, controls_of
+from edge_node.serving.controls import Consulted, Controls, controls_of
 from edge_node.serving.gate import Note, note
 from edge_node.serving.model_slot import Slots
 from edge_node.serving.predict import Answer
@@ -38,6 +38,7 @@ _BATCH = msgspec.json.Decoder(oip.BatchPredictRequest)
 class Limits(msgspec.Struct, frozen=True):
     body_bytes: int
     batch_rows: int
+    gateway: bool = False
 
 
 class PredictionDoors:
@@ -46,7 +47,7 @@ class PredictionDoors:
 
     async def predict(self, request: Request) -> Response:
         noted = note(request.scope)
-        controls = controls_of(request.scope["headers"], self._asking.now())
+        controls = self._controls(request)
         asked = oip.parse(await self._body(request, noted), _PREDICT)
         served = self._meant(asked.model, noted)
         spec = _only_input(served)
@@ -59,7 +60,7 @@ class PredictionDoors:
 
     async def batch_predict(self, request: Request) -> Response:
         noted = note(request.scope)
-        controls = controls_of(request.scope["headers"], self._asking.now())
+        controls = self._controls(request)
         asked = oip.parse(await self._body(request, noted), _BATCH)
         served = self._meant(asked.model, noted)
         if not 0 < len(asked.features) <= self._limits.batch_rows:
@@ -78,7 +79,7 @@ class PredictionDoors:
 
     async def infer(self, request: Request) -> Response:
         noted = note(request.scope)
-        controls = controls_of(request.scope["headers"], self._asking.now())
+        controls = self._controls(request)
         body = await self._body(request, noted)
         served = named(self._slots, request)
         _named(noted, served)
@@ -96,6 +97,9 @@ class PredictionDoors:
         answer = await self._asking.predict(served, inputs, asked.output_names, controls, asked.meaning)
         _answered(noted, answer)
         return _infer_answer(served, answer, asked.id, as_binary)
+
+    def _controls(self, request: Request) -> Controls:
+        return controls_of(request.scope["headers"], self._asking.now(), gateway=self._limits.gateway)
 
     async def _body(self, request: Request, noted: Note) -> bytes:
         body = await read_body(request, self._limits.body_bytes)

@@ -107,7 +107,7 @@ class Worker:
             self.slots,
             self.predictor,
             self.identity,
-            Limits(settings.max_body_bytes, settings.max_batch_rows),
+            Limits(settings.max_body_bytes, settings.max_batch_rows, settings.gateway_sets_tenant),
             statistics,
         )
         self.app = build_app(doors, self.health, self.reporter.rows, self.identity)

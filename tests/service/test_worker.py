@@ -514,6 +514,27 @@ def test_cache_controls(tmp_path: Path, runs: Runs) -> None:
     run(scenario())
 
 
+def test_a_tenant_is_who_the_gateway_says_and_nobody_else(tmp_path: Path) -> None:
+    async def scenario(gateway: bool) -> None:
+        node = Node(tmp_path / str(gateway), gateway_sets_tenant=gateway)
+        node.release(V1)
+        async with node.serving() as http:
+
+            async def tier(**headers: str) -> str:
+                named = {name.replace("_", "-"): value for name, value in headers.items()}
+                return str((await http.post("/predict", json={"features": ROW}, headers=named)).json()["tier"])
+
+            assert await tier(mlcdn_tenant="a") == "model"
+            assert await tier(mlcdn_tenant="b") == ("model" if gateway else "memory")
+            assert await tier(mlcdn_tenant="a", authorization="Bearer 1") == ("memory" if gateway else "model")
+            assert await tier(authorization="Bearer 2") == "model"
+            assert await tier() == ("model" if gateway else "memory")
+
+    for gateway in (True, False):
+        (tmp_path / str(gateway)).mkdir()
+        run(scenario(gateway))
+
+
 def test_a_release_without_caching_is_run_every_time(tmp_path: Path, runs: Runs) -> None:
     async def scenario() -> None:
         node = Node(tmp_path)
