@@ -164,7 +164,7 @@ def classifier(labels: list[int] | list[str]) -> tuple[bytes, Arrays, Any]:
     return model.SerializeToString(), {"X": rows[:5]}, forest
 
 
-@pytest.mark.parametrize("labels", [[7, 20, 300], ["setosa", "versicolor", "virginica"]], ids=["int", "string"])
+@pytest.mark.parametrize("labels", [[7, 20, 300], ["sétosa", "versicolor", "virginica"]], ids=["int", "string"])
 def test_a_classifier_answers_probabilities_as_a_tensor_with_its_labels(whole: Whole, labels: list[Any]) -> None:
     data, inputs, forest = classifier(labels)
     name = f"forest_{type(labels[0]).__name__}"
