@@ -21,7 +21,7 @@ from inference.onnx_model import Array, OnnxModel, SessionSettings
 from inference.trial import run_trial
 from schemas.errors import EventRefused, MlcdnError, ModelRefused, NotFound, Overloaded
 from schemas.events import Placement
-from streams.artifacts import ArtifactStore
+from streams.artifacts import ArtifactStore, FetchOptions
 from streams.folds import releases
 from streams.folds.releases import Releases, Wanted
 from streams.log.record import Record

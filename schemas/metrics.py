@@ -44,6 +44,8 @@ CATALOGUE: Final[dict[str, Metric]] = {
     "mlcdn_queue_seconds": Metric("histogram", "Time that the oldest job of a batch waited.", ("model",)),
     "mlcdn_swaps_total": Metric("counter", "Model swaps by outcome.", ("model", "outcome")),
     "mlcdn_swap_phase_seconds": Metric("histogram", "Time of a swap's phases.", ("phase",)),
+    "mlcdn_fetch_bytes_total": Metric("counter", "Bytes of artifacts received, by where from.", ("source",)),
+    "mlcdn_fetch_chunks_refused_total": Metric("counter", "Chunks with a wrong digest, by where from.", ("source",)),
     "mlcdn_artifacts_rejected_total": Metric("counter", "Artifacts that a node would not activate.", ("phase",)),
     "mlcdn_log_position": Metric("gauge", "Last position obeyed.", ("topic",), "livemax"),
     "mlcdn_log_lag": Metric("gauge", "Records behind the high watermark.", ("topic",), "livemax"),

@@ -95,7 +95,11 @@ class Settings(BaseSettings):
         8 * 2**30, ge=2**20, description="Disk budget of artifacts; those in use are kept anyway."
     )
     fetch_concurrency: int = Field(2, ge=1, le=32, description="Artifacts a node fetches at once.")
-    fetch_deadline_s: float = Field(300.0, gt=0, description="Longest one attempt to fetch an artifact.")
+    fetch_deadline_s: float = Field(
+        300.0, gt=0, description="Longest one attempt to fetch an artifact, and a second more for each MiB of it."
+    )
+    fetch_chunks: int = Field(4, ge=1, le=32, description="Chunks of one artifact that are fetched at once.")
+    fetch_bytes_s: int = Field(0, ge=0, description="Most bytes a second that a node's fetches take; 0: no limit.")
 
     router_margin: float = Field(
         0.05, ge=0, le=1, description="Candidates within this score of the best share the load."

@@ -1,7 +1,7 @@
-"""Brings a release's files: what is on disk already is verified and kept, the rest comes from the object store.
+"""Brings a release's files: what is on disk already is verified and kept, the rest comes from elsewhere.
 
 Laws: nothing gets an artifact's name before its size, every chunk and the whole were verified; an error says whether
-its cause can pass (`retryable`); a fetch that nobody waits for any more ends at its next chunk; a file that two models
+its cause can pass (`retryable`); a fetch that nobody waits for any more ends at its next piece; a file that two models
 share is brought by one at a time. It must not know plans, boards or trials.
 """
 
@@ -12,24 +12,26 @@ import errno
 import hashlib
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol
+
+import msgspec
 
 from edge_node.agent.model_files import GOLDEN, MODEL, ModelFiles
 from schemas.errors import ModelRefused, Unreachable
 from schemas.events import Artifact
+from streams.artifacts import FetchOptions
 from streams.folds.releases import Wanted
 
 MAX_GOLDEN_BYTES: Final = 64 * 2**20
+# An artifact of gigabytes may take longer than a small one, and a store or a pace that does not give this much is slow.
+SLOWEST_BYTES_S: Final = 2**20
 
 
 class Store(Protocol):
     """What is needed of the object store; `streams.artifacts.ArtifactStore` is one."""
 
-    def fetch(
-        self, artifact: Artifact, destination: Path, *, deadline_s: float, on_bytes: Callable[[int], None] = ...
-    ) -> None: ...
+    def fetch(self, artifact: Artifact, destination: Path, options: FetchOptions) -> None: ...
 
     def get(self, key: str, max_bytes: int) -> bytes: ...
 
@@ -39,10 +41,10 @@ class Abandoned(Exception):
 
 
 class Downloader:
-    """`downloads` counts artifacts that were brought, not those found on disk."""
+    """`downloads` counts artifacts that were brought, not those found on disk. `options` are what all fetches share."""
 
-    def __init__(self, store: Store, files: ModelFiles, *, deadline_s: float) -> None:
-        self._store, self._files, self._deadline_s = store, files, deadline_s
+    def __init__(self, store: Store, files: ModelFiles, options: FetchOptions) -> None:
+        self._store, self._files, self._options = store, files, options
         self.downloads = 0
         self._lock = threading.Lock()
         self._held: dict[str, threading.Lock] = {}
@@ -52,7 +54,7 @@ class Downloader:
         return await asyncio.to_thread(self._fetch, wanted, abandoned)
 
     def _fetch(self, wanted: Wanted, abandoned: threading.Event) -> dict[str, float]:
-        def going_on(_: int) -> None:
+        def going_on() -> None:
             if abandoned.is_set():
                 raise Abandoned(wanted.model)
 
@@ -66,14 +68,13 @@ class Downloader:
                 held = self._files.holds(artifact.sha256, MODEL)
                 ms["verify"] = (time.perf_counter() - began) * 1e3
                 if not held:
-                    going_on(0)
+                    going_on()
                     began = time.perf_counter()
-                    destination = self._files.path(artifact.sha256, MODEL)
-                    self._store.fetch(artifact, destination, deadline_s=self._deadline_s, on_bytes=going_on)
-                    # What passed by was verified; what stands on the disk is another matter. A part that a kill left
-                    # complete was once padded when it was resumed, and only the trial noticed.
-                    if not self._files.holds(artifact.sha256, MODEL):
-                        raise Unreachable("the disk", self._files.folder.name, "it reads back other bytes than it got")
+                    options = msgspec.structs.replace(
+                        self._options, deadline_s=self._deadline_s(artifact), going_on=going_on
+                    )
+                    self._store.fetch(artifact, self._files.path(artifact.sha256, MODEL), options)
+                    self._files.read_back(artifact.sha256)
                     ms["download"] = (time.perf_counter() - began) * 1e3
                     self.downloads += 1
                 if golden is not None and not self._files.holds(golden.sha256, GOLDEN):
@@ -84,6 +85,10 @@ class Downloader:
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 # What is half there must not keep the disk full; with room again it is fetched anew.
-                self._files.path(artifact.sha256, MODEL).with_name(f".{artifact.sha256}.{MODEL}.part").unlink(True)
+                self._files.part(artifact.sha256).unlink(missing_ok=True)
             raise Unreachable("the disk", str(self._files.folder.name), error.strerror or "") from error
         return ms
+
+    def _deadline_s(self, artifact: Artifact) -> float:
+        pace = min(self._options.pace.bytes_s or SLOWEST_BYTES_S, SLOWEST_BYTES_S)
+        return self._options.deadline_s + artifact.size_bytes / pace

@@ -34,13 +34,14 @@ from schemas.errors import Conflict, MlcdnError, SettingsInvalid
 from schemas.events import AGENT, Event
 from schemas.metrics import counter
 from schemas.settings import Settings
-from streams.artifacts import ArtifactStore
+from streams.artifacts import ArtifactStore, FetchOptions
 from streams.follow import DeadLetters, Follower, FollowSpec
 from streams.log.keys import load_roots
 from streams.log.producer import KafkaAppender
 from streams.log.reader import KafkaReader
 from streams.log.record import LogReader
 from streams.log.writer import Writer, wall_clock_ms
+from streams.parts.pace import Pace
 
 HEARTBEAT_S: Final = 0.2
 SWEEP_S: Final = 60.0
@@ -64,7 +65,15 @@ class Agent:
     ) -> None:
         self._settings, self._board, self._reader, self._writer = settings, board, reader, writer
         files = ModelFiles(settings.dir)
-        self.downloader = Downloader(store, files, deadline_s=settings.fetch_deadline_s)
+        self.downloader = Downloader(
+            store,
+            files,
+            FetchOptions(
+                deadline_s=settings.fetch_deadline_s,
+                chunks_at_once=settings.fetch_chunks,
+                pace=Pace(settings.fetch_bytes_s, time.monotonic),
+            ),
+        )
         self.installer = Installer(
             board,
             files,

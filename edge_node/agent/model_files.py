@@ -20,6 +20,7 @@ from typing import Final
 import msgspec
 
 from edge_node.agent.reconcile import Proof, StoredFile
+from streams.parts.part_file import part_of
 
 FOLDER: Final = "artifacts"
 MODEL: Final = "onnx"
@@ -41,6 +42,10 @@ class ModelFiles:
 
     def path(self, digest: str, kind: str) -> Path:
         return self.folder / f"{digest}.{kind}"
+
+    def part(self, digest: str) -> Path:
+        """Where the model grows while it is fetched."""
+        return part_of(self.path(digest, MODEL))
 
     def relative(self, digest: str, kind: str) -> str:
         """As the board names it."""
@@ -72,6 +77,10 @@ class ModelFiles:
         sync_folder(self.folder)  # the name is believed from here on: it is to outlive a power cut
         self._set_verified(digest, True)
         return True
+
+    def read_back(self, digest: str) -> None:
+        """The model was read back from the disk whole, by whoever gave it its name."""
+        self._set_verified(digest, True)
 
     def write(self, digest: str, kind: str, data: bytes) -> None:
         """Verified bytes under their name, durably."""

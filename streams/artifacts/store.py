@@ -18,7 +18,7 @@ import structlog
 from schemas.errors import BadInput, ModelRefused, NotFound, Unreachable
 from schemas.events import Artifact
 from streams.artifacts.bucket import Bucket
-from streams.artifacts.fetch import Fetch
+from streams.artifacts.fetch import Fetch, FetchOptions
 
 log = structlog.get_logger(__name__)
 
@@ -96,16 +96,14 @@ class ArtifactStore:
         self,
         artifact: Artifact,
         destination: Path,
-        *,
-        deadline_s: float,
-        on_bytes: Callable[[int], None] = lambda _: None,
+        options: FetchOptions,
     ) -> None:
         """The artifact at `destination`, verified and durable; resumed from ``.part`` where an earlier try stopped.
 
         `ModelRefused` when the store has other bytes than the release names, `Unreachable` when it gives none in time or
-        the disk has no room. `on_bytes` is told each verified chunk; what it raises ends the fetch.
+        the disk has no room.
         """
-        Fetch(self._bucket, artifact, destination, deadline_s, on_bytes).run()
+        Fetch(self._bucket, artifact, destination, options).run()
 
     def _put(self, key: str, size: int, digest: str, upload: Callable[[bool], bool]) -> bool:
         created = upload(True)

@@ -9,7 +9,7 @@ import pytest
 
 from mlcdn.identities import ensure_identities
 from origin.publish import Publisher, ReleaseRequest
-from streams.artifacts import ArtifactStore
+from streams.artifacts import ArtifactStore, FetchOptions
 from streams.audit.control import At, fold_releases
 from streams.log.admin import TopicAdmin
 from streams.log.keys import load_private, load_roots

@@ -67,7 +67,7 @@ from schemas.events import (
 )
 from schemas.names import Scope, ScopeKind, golden_object_key, model_object_key
 from schemas.topics import FLEET, INVALIDATIONS, RELEASES
-from streams.artifacts import ArtifactStore, describe
+from streams.artifacts import ArtifactStore, FetchOptions, describe
 from streams.folds.releases import Wanted
 from streams.log.keys import load_private
 from streams.log.local import LocalLog
@@ -400,7 +400,7 @@ def test_a_part_that_a_kill_left_is_resumed_to_the_right_bytes(
     path.with_name(f".{path.name}.part").write_bytes(data[:left])
     wanted = a_wanted("parted")
     wanted = msgspec.structs.replace(wanted, released=msgspec.structs.replace(wanted.released, artifact=artifact))
-    downloader = Downloader(publisher.store, files, deadline_s=30)
+    downloader = Downloader(publisher.store, files, FetchOptions(deadline_s=30))
     for _ in range(2):
         try:
             asyncio.run(downloader.fetch(wanted, threading.Event()))

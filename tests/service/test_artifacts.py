@@ -11,7 +11,7 @@ import pytest
 from mlcdn.local_stack.running import RunningStack
 from schemas.errors import ModelRefused, NotFound, Unreachable
 from schemas.events import Artifact
-from streams.artifacts import CHUNK_BYTES, ArtifactStore, describe
+from streams.artifacts import CHUNK_BYTES, ArtifactStore, FetchOptions, describe
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_what_is_put_is_fetched_back(store: ArtifactStore, tmp_path: Path, size:
     artifact = made(tmp_path / "a", size, seed=size)
     assert store.put(artifact, tmp_path / "a")
     assert not store.put(artifact, tmp_path / "a")
-    store.fetch(artifact, tmp_path / "got", deadline_s=30)
+    store.fetch(artifact, tmp_path / "got", FetchOptions(deadline_s=30))
     assert (tmp_path / "got").read_bytes() == (tmp_path / "a").read_bytes()
     assert list(tmp_path.glob(".*.part")) == []
 
@@ -40,7 +40,7 @@ def test_a_stored_object_that_is_short_is_replaced(store: ArtifactStore, tmp_pat
     store.put_bytes(artifact.object_key, (tmp_path / "a").read_bytes()[:500])
     store.put(artifact, tmp_path / "a")
     assert store.replaced == 1
-    store.fetch(artifact, tmp_path / "got", deadline_s=30)
+    store.fetch(artifact, tmp_path / "got", FetchOptions(deadline_s=30))
 
 
 @pytest.mark.parametrize("spoil", ["flipped", "short", "long"])
@@ -53,11 +53,11 @@ def test_wrong_bytes_in_the_store_are_never_an_artifact(store: ArtifactStore, tm
     store.put_bytes(artifact.object_key, wrong)
     if spoil == "long":
         # What the release names is all that is read: a longer object holds the right bytes in front.
-        store.fetch(artifact, tmp_path / "got", deadline_s=30)
+        store.fetch(artifact, tmp_path / "got", FetchOptions(deadline_s=30))
         assert hashlib.sha256((tmp_path / "got").read_bytes()).hexdigest() == artifact.sha256
         return
     with pytest.raises(ModelRefused):
-        store.fetch(artifact, tmp_path / "got", deadline_s=30)
+        store.fetch(artifact, tmp_path / "got", FetchOptions(deadline_s=30))
     assert not (tmp_path / "got").exists()
 
 
@@ -68,7 +68,7 @@ def test_a_wrong_chunk_ends_the_fetch_before_the_next_one_is_asked_for(store: Ar
     store.put_bytes(artifact.object_key, bytes(wrong))
     fetched: list[int] = []
     with pytest.raises(ModelRefused, match="chunk 0"):
-        store.fetch(artifact, tmp_path / "got", deadline_s=30, on_bytes=fetched.append)
+        store.fetch(artifact, tmp_path / "got", FetchOptions(deadline_s=30, on_bytes=fetched.append))
     assert sum(fetched) <= CHUNK_BYTES
 
 
@@ -86,7 +86,7 @@ def test_a_fetch_goes_on_from_what_holds(store: ArtifactStore, tmp_path: Path, t
     }[there]
     (tmp_path / ".got.part").write_bytes(begun)
     fetched: list[int] = []
-    store.fetch(artifact, tmp_path / "got", deadline_s=30, on_bytes=fetched.append)
+    store.fetch(artifact, tmp_path / "got", FetchOptions(deadline_s=30, on_bytes=fetched.append))
     assert (tmp_path / "got").read_bytes() == whole
     assert sum(fetched) == {"a chunk": 1_000, "a chunk and rubbish": 1_000, "all of it": 0}.get(there, len(whole))
 
@@ -94,11 +94,11 @@ def test_a_fetch_goes_on_from_what_holds(store: ArtifactStore, tmp_path: Path, t
 def test_what_is_not_there_is_named(store: ArtifactStore, tmp_path: Path) -> None:
     artifact = made(tmp_path / "a", 100, seed=99)
     with pytest.raises(NotFound):
-        store.fetch(artifact, tmp_path / "got", deadline_s=5)
+        store.fetch(artifact, tmp_path / "got", FetchOptions(deadline_s=5))
 
 
 def test_a_store_that_is_away_is_unreachable_in_bounded_time(tmp_path: Path) -> None:
     away = ArtifactStore("http://127.0.0.1:9", "b", "k", "s", "us-east-1", connect_timeout_s=0.2, read_timeout_s=0.2)
     artifact = made(tmp_path / "a", 100, seed=98)
     with pytest.raises(Unreachable):
-        away.fetch(artifact, tmp_path / "got", deadline_s=5)
+        away.fetch(artifact, tmp_path / "got", FetchOptions(deadline_s=5))
