@@ -151,7 +151,7 @@ class Hosting:
                 # It was tried when it was fetched: what changed since is our disk, not the release.
                 log.warning("artifact on disk is spoilt, it is fetched again", digest=want.digest, error=str(refused))
                 path.unlink()
-        self._store.fetch(want.released.artifact, path, deadline_s=FETCH_S)
+        self._store.fetch(want.released.artifact, path, FetchOptions(deadline_s=FETCH_S))
         report = run_trial(path, want.digest)
         if not report.ok:
             path.unlink()

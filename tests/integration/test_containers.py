@@ -49,5 +49,5 @@ def test_a_release_lands_and_outlives_the_broker(containers: ContainerStack, tmp
     wanted = fold_releases(KafkaReader(a.kafka), roots, At())[0].models["contained"].wanted
     assert wanted is not None
     assert wanted.digest == digest
-    store.fetch(wanted.released.artifact, tmp_path / "got", deadline_s=30)
+    store.fetch(wanted.released.artifact, tmp_path / "got", FetchOptions(deadline_s=30))
     assert (tmp_path / "got").read_bytes() == path.read_bytes()
