@@ -141,8 +141,13 @@ class BoardWriter:
         policy = max(self.file.policy if self.file else 0, self.fence[POLICY]) + 1
         file = msgspec.structs.replace(file, policy=policy)
         half, whole = self._folder / "models.json.half", self._folder / "models.json"
-        self._disk.write(half, models_file.encode(file))  # 1
-        self._disk.sync(half)  # 2
+        try:
+            self._disk.write(half, models_file.encode(file))  # 1
+            self._disk.sync(half)  # 2
+        except OSError:
+            # A full disk: what it took of the file must not keep it full.
+            self._disk.truncate(half, 0)
+            raise
         self._disk.rename(half, whole)  # 3
         self.file = file
         self._disk.sync_folder(self._folder)  # 4
