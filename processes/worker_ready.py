@@ -8,14 +8,22 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import structlog
+
+log = structlog.get_logger()
+
 
 def say_ready(directory: Path, number: int) -> None:
     """This process accepts connections from here on."""
     path = directory / "ready" / str(number)
-    path.parent.mkdir(exist_ok=True)
     half = path.with_suffix(".half")
-    half.write_text(str(os.getpid()), "ascii")
-    half.replace(path)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        half.write_text(str(os.getpid()), "ascii")
+        half.replace(path)
+    except OSError as error:
+        # A full disk: the parent waits in vain and restarts no other worker, while this one serves.
+        log.error("readiness_not_written", cause=error.strerror)
 
 
 def is_ready(directory: Path, number: int, pid: int) -> bool:

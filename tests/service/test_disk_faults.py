@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -225,3 +226,24 @@ def test_full_when_a_purge_is_written(scene: Scene) -> None:
     until(lambda: scene.obeyed() == position, CAUGHT_UP_S)
     assert not scene.node.predict(OTHER, 7).json()["cached"]
     assert len(purges.read_bytes()) > len(before) + 4096
+
+
+def test_a_worker_and_a_node_that_start_on_a_full_disk(scene: Scene) -> None:
+    node = scene.node
+    scene.fill()
+    worker = node.worker()
+    with Load(node, scene.digests, retry_s=START_S) as load:
+        os.kill(worker, signal.SIGKILL)
+        until(lambda: not Path(f"/proc/{worker}").exists(), START_S)
+        until(scene.up, START_S)
+        time.sleep(0.5)
+    assert not load.wrong
+    assert load.answered == load.sent > 10
+    node.kill()
+    node.start()
+    until(scene.up, START_S)
+    with Load(node, scene.digests) as load:
+        time.sleep(0.5)
+    assert not load.wrong
+    scene.make_room()
+    until(scene.well, START_S)
