@@ -46,6 +46,8 @@ CATALOGUE: Final[dict[str, Metric]] = {
     "mlcdn_swap_phase_seconds": Metric("histogram", "Time of a swap's phases.", ("phase",)),
     "mlcdn_fetch_bytes_total": Metric("counter", "Bytes of artifacts received, by where from.", ("source",)),
     "mlcdn_fetch_chunks_refused_total": Metric("counter", "Chunks with a wrong digest, by where from.", ("source",)),
+    "mlcdn_artifact_bytes_given_total": Metric("counter", "Bytes of artifacts given to other nodes.", ()),
+    "mlcdn_peers_left_total": Metric("counter", "Times another node was not asked for a while, by reason.", ("reason",)),
     "mlcdn_artifacts_rejected_total": Metric("counter", "Artifacts that a node would not activate.", ("phase",)),
     "mlcdn_log_position": Metric("gauge", "Last position obeyed.", ("topic",), "livemax"),
     "mlcdn_log_lag": Metric("gauge", "Records behind the high watermark.", ("topic",), "livemax"),

@@ -99,6 +99,14 @@ class Settings(BaseSettings):
         300.0, gt=0, description="Longest one attempt to fetch an artifact, and a second more for each MiB of it."
     )
     fetch_chunks: int = Field(4, ge=1, le=32, description="Chunks of one artifact that are fetched at once.")
+    peers: bool = Field(True, description="Give artifacts to the region's other nodes, and ask them before the store.")
+    peer_secret: SecretStr = Field(
+        SecretStr(""), description="What the nodes of a region know each other by; empty: the S3 secret key."
+    )
+    peer_bytes_s: int = Field(128 * 2**20, ge=0, description="Most bytes a second a node gives others; 0: no limit.")
+    peer_patience_s: float = Field(
+        3.0, ge=0, le=600, description="Seconds without progress of a peer after which the store is asked."
+    )
     fetch_bytes_s: int = Field(0, ge=0, description="Most bytes a second that a node's fetches take; 0: no limit.")
 
     router_margin: float = Field(
@@ -113,6 +121,12 @@ class Settings(BaseSettings):
     routes_s: float = Field(2.0, gt=0, le=60, description="Longest time between two published routing tables.")
     phi_suspect: float = Field(3.0, gt=0, description="Phi from which a node is suspect.")
     phi_dead: float = Field(8.0, gt=0, description="Phi from which a node is dead.")
+
+    @property
+    def shared_peer_secret(self) -> str:
+        """Empty where nodes bring each other nothing."""
+        secret = self.peer_secret.get_secret_value() or self.s3_secret_key.get_secret_value()
+        return secret if self.peers else ""
 
     @classmethod
     def settings_customise_sources(

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -20,7 +21,7 @@ import msgspec
 from edge_node.agent.model_files import GOLDEN, MODEL, ModelFiles
 from schemas.errors import ModelRefused, Unreachable
 from schemas.events import Artifact
-from streams.artifacts import FetchOptions
+from streams.artifacts import FetchOptions, Source
 from streams.folds.releases import Wanted
 
 MAX_GOLDEN_BYTES: Final = 64 * 2**20
@@ -36,15 +37,22 @@ class Store(Protocol):
     def get(self, key: str, max_bytes: int) -> bytes: ...
 
 
+class Peers(Protocol):
+    """What is needed of the region's other nodes; `edge_node.agent.peer_fetch.PeerFetches` is them."""
+
+    def sources(self, artifact: Artifact) -> Callable[[int], Iterator[Source]]: ...
+
+
 class Abandoned(Exception):
     """Nobody waits for this fetch any more."""
 
 
 class Downloader:
-    """`downloads` counts artifacts that were brought, not those found on disk. `options` are what all fetches share."""
+    """`downloads` counts artifacts that were brought, not those found on disk. `options` are what all fetches share;
+    `peers` is who is asked before the store."""
 
-    def __init__(self, store: Store, files: ModelFiles, options: FetchOptions) -> None:
-        self._store, self._files, self._options = store, files, options
+    def __init__(self, store: Store, files: ModelFiles, options: FetchOptions, peers: Peers | None = None) -> None:
+        self._store, self._files, self._options, self._peers = store, files, options, peers
         self.downloads = 0
         self._lock = threading.Lock()
         self._held: dict[str, threading.Lock] = {}
@@ -71,7 +79,10 @@ class Downloader:
                     going_on()
                     began = time.perf_counter()
                     options = msgspec.structs.replace(
-                        self._options, deadline_s=self._deadline_s(artifact), going_on=going_on
+                        self._options,
+                        deadline_s=self._deadline_s(artifact),
+                        sources=self._peers.sources(artifact) if self._peers else self._options.sources,
+                        going_on=going_on,
                     )
                     self._store.fetch(artifact, self._files.path(artifact.sha256, MODEL), options)
                     self._files.read_back(artifact.sha256)

@@ -1,7 +1,7 @@
 """The agent, composed: ``python -m edge_node.agent.main``, started by the node's parent. Only here are adapters named.
 
     Follower (Faust, group mlcdn-agent-NODE) → Control → Installer → BoardWriter
-    beside it: heartbeat every 200 ms · incarnation, once Kafka answers · sweep
+    beside it: heartbeat every 200 ms · incarnation, once Kafka answers · neighbours, by their beats · sweep
 
 Laws: it starts and waits while Kafka, the object store or Redis are away, and the board it found is served meanwhile; a
 second agent on the board is refused; when any part of it breaks the process ends, and the parent starts another.
@@ -24,8 +24,11 @@ from edge_node.agent.control import TOPICS, Control
 from edge_node.agent.download import Downloader, Store
 from edge_node.agent.install import Installer, Surroundings, Trials
 from edge_node.agent.model_files import ModelFiles
+from edge_node.agent.neighbours import Neighbours
+from edge_node.agent.peer_fetch import PeerFetches
 from edge_node.agent.sweep import sweep
 from edge_node.board import HEARTBEAT, INCARNATION, BoardWriter
+from edge_node.peer_proof import key_of
 from inference.trial import TrialRunner
 from processes import logs
 from processes.signals import stop_on_signals
@@ -65,6 +68,8 @@ class Agent:
     ) -> None:
         self._settings, self._board, self._reader, self._writer = settings, board, reader, writer
         files = ModelFiles(settings.dir)
+        key = key_of(settings.shared_peer_secret)
+        self._neighbours = Neighbours(reader, settings.node, settings.region, settings.beat_s, wall_clock_ms)
         self.downloader = Downloader(
             store,
             files,
@@ -73,6 +78,7 @@ class Agent:
                 chunks_at_once=settings.fetch_chunks,
                 pace=Pace(settings.fetch_bytes_s, time.monotonic),
             ),
+            PeerFetches(settings.node, key, settings.peer_patience_s, self._neighbours) if key else None,
         )
         self.installer = Installer(
             board,
@@ -109,6 +115,8 @@ class Agent:
                 group.create_task(self._settle_incarnation()),
                 group.create_task(self._sweep()),
             ]
+            if self._settings.shared_peer_secret:
+                beside.append(group.create_task(self._neighbours.run()))
             await stop.wait()
             for task in beside:
                 task.cancel()

@@ -29,7 +29,9 @@ from edge_node.caching.cache import Cache
 from edge_node.caching.disk_tier import DiskTier
 from edge_node.caching.memory_tier import MemoryTier
 from edge_node.caching.redis_tier import RedisTier
+from edge_node.peer_proof import key_of
 from edge_node.serving.board_view import BoardView
+from edge_node.serving.chunks import ChunkDoor
 from edge_node.serving.health import Health
 from edge_node.serving.lane import self_test
 from edge_node.serving.lane.connection import LaneProtocol
@@ -109,6 +111,13 @@ class Worker:
             self.identity,
             Limits(settings.max_body_bytes, settings.max_batch_rows, settings.gateway_sets_tenant),
             statistics,
+            ChunkDoor(
+                settings.dir,
+                lambda: self.view.board,
+                key_of(settings.shared_peer_secret),
+                url,
+                -(-settings.peer_bytes_s // settings.workers),
+            ),
         )
         self.app = build_app(doors, self.health, self.reporter.rows, self.identity)
         self.lane = Lane(

@@ -15,12 +15,14 @@ BINARY: Final = "application/octet-stream"
 
 _ERRORS: Final = {
     400: "The request is wrong; the message names tensor, index and value.",
+    403: "Only for nodes of the same network.",
     404: "No such model, version or path; the message says what there is.",
     408: "The body did not arrive in time.",
     409: "The log decides this, not a request.",
     413: "The body is too large, as sent or decompressed.",
     415: "Not a kind or coding of body that is taken.",
-    429: "The model's queue is full; Retry-After says when to come again.",
+    416: "Not a range of bytes within one chunk.",
+    429: "The model's queue is full, or too many ask; Retry-After says when to come again.",
     500: "The model, or this worker, broke.",
     503: "Not ready, or what it takes does not answer.",
     504: "No answer before the deadline, or none cached where only that was asked for.",
@@ -58,7 +60,7 @@ def document(version: str) -> dict[str, Any]:
             "schemas": SCHEMAS,
             "responses": {str(s): _said(text, _content("Error")) for s, text in _ERRORS.items()},
             "parameters": {
-                **{n: {"name": n, "in": "path", "required": True, "schema": TEXT} for n in ("model", "version")},
+                **{n: {"name": n, "in": "path", "required": True, "schema": TEXT} for n in ("model", "version", "digest")},
                 **{n: {"name": n, "in": "header", "schema": TEXT, "description": t} for n, t in _CONTROLS.items()},
                 "inference-header-content-length": {
                     "name": "inference-header-content-length",
@@ -87,6 +89,7 @@ def _paths() -> dict[str, Any]:
         "/metrics": {"get": _text("metrics", "Prometheus metrics of this node", "text/plain")},
         "/openapi.json": {"get": _document()},
         "/docs": {"get": _text("docs", "This document, to read", "text/html")},
+        "/artifacts/{digest}": {"parameters": [_parameter("digest")], "get": _artifact()},
     }
     # Its rows have a key each, and the answer names none.
     del paths["/batch_predict"]["post"]["responses"]["200"]["headers"]["mlcdn-cache-key"]
@@ -124,6 +127,12 @@ def _get(name: str, summary: str, schema: str, *, errors: tuple[int, ...] = (), 
 
 def _text(name: str, summary: str, kind: str) -> Schema:
     return {"operationId": name, "summary": summary, "responses": {"200": _said("Answered", {kind: {"schema": TEXT}})}}
+
+
+def _artifact() -> Schema:
+    said = _said("The bytes", {BINARY: {"schema": {"description": "As the Range header asked."}}})
+    responses = _responses((403, 404, 416, 429, 503)) | {"206": said}
+    return {"operationId": "artifact", "summary": "Bytes of an artifact, for other nodes", "responses": responses}
 
 
 def _document() -> Schema:

@@ -5,6 +5,7 @@
     GET  /v2/models/M[/versions/V]  …/ready  …/config  …/stats
     POST /v2/models/M[/versions/V]/infer  /v2/repository/index  …/models/M/load|unload
     GET  /health  /metrics  /openapi.json  /docs
+    GET  /artifacts/DIGEST                                                    for other nodes
 
 Laws: an error is `{"error": "…"}` with the status that its class says, without traces, paths or addresses; what is not
 ready is 503; every path is in openapi.py, and nothing else is.
@@ -32,6 +33,7 @@ from starlette.types import Receive, Scope, Send
 from edge_node.serving import answers, repository
 from edge_node.serving.asking import Asking
 from edge_node.serving.bodies import read_body, smaller, whole
+from edge_node.serving.chunks import ChunkDoor
 from edge_node.serving.docs_page import POLICY, page
 from edge_node.serving.doors import Limits, PredictionDoors
 from edge_node.serving.gate import Gate
@@ -83,9 +85,10 @@ class Doors(PredictionDoors):
         identity: Identity,
         limits: Limits,
         statistics: Statistics,
+        chunks: ChunkDoor,
     ) -> None:
         super().__init__(slots, Asking(predictor), identity, limits)
-        self._predictor = predictor
+        self._predictor, self._chunks = predictor, chunks
         self._state, self.statistics = state, statistics
 
     async def model(self, request: Request) -> Response:
@@ -139,6 +142,9 @@ class Doors(PredictionDoors):
         ready = self._state.ready and not self._state.draining
         return _json({"ready": ready}, 200 if ready else 503)
 
+    async def artifact(self, request: Request) -> Response:
+        return await self._chunks.give(request)
+
     async def health(self, _: Request) -> Response:
         return _json(await self._state.health())
 
@@ -169,6 +175,7 @@ def paths(doors: Doors) -> list[tuple[str, str, Endpoint]]:
         ("GET", "/metrics", doors.metrics),
         ("GET", "/openapi.json", doors.openapi),
         ("GET", "/docs", doors.docs),
+        ("GET", "/artifacts/{digest}", doors.artifact),
     ]
     for prefix in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
         found += [

@@ -48,6 +48,17 @@ def holds_chunk(path: Path, artifact: Artifact, number: int) -> bool:
     return len(said) == _COUNTER.size and _COUNTER.unpack(said)[0] == span(artifact, number)[1] | _VERIFIED
 
 
+def arrived(path: Path, artifact: Artifact) -> int:
+    """How many bytes of the artifact a part file says are there."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size != _length(artifact):
+                return 0
+            return sum(counter & ~_VERIFIED for counter in _counters(file.fileno(), artifact))
+    except FileNotFoundError:
+        return 0
+
+
 class PartFile:
     """Open for the one that fills it. Calls for different chunks may come from different threads."""
 
@@ -110,14 +121,18 @@ class PartFile:
     def _found(self) -> list[int]:
         length, chunks = os.fstat(self._descriptor).st_size, range(len(self._artifact.chunk_sha256))
         if length == _length(self._artifact):
-            said = os.pread(self._descriptor, _COUNTER.size * len(chunks), _counters_at(self._artifact))
-            return [counter for (counter,) in _COUNTER.iter_unpack(said)]
+            return _counters(self._descriptor, self._artifact)
         spans = [span(self._artifact, number) for number in chunks]
         return [max(0, min(length - first, whole)) for first, whole in spans]
 
     def _count(self, number: int, counter: int) -> None:
         self._counters[number] = counter
         os.pwrite(self._descriptor, _COUNTER.pack(counter), _counters_at(self._artifact) + _COUNTER.size * number)
+
+
+def _counters(descriptor: int, artifact: Artifact) -> list[int]:
+    said = os.pread(descriptor, _COUNTER.size * len(artifact.chunk_sha256), _counters_at(artifact))
+    return [counter for (counter,) in _COUNTER.iter_unpack(said)]
 
 
 def _counters_at(artifact: Artifact) -> int:
