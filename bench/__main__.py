@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import audit, edge, memory, onnx_nodes, purge, release, restart, slow_neighbour, swap, workers
+from bench import audit, edge, fetch, memory, onnx_nodes, purge, release, restart, slow_neighbour, swap, workers
 from bench.servers import PEERS
 from mlcdn.demo.command import Mlcdn
 
@@ -23,6 +23,7 @@ BENCHES = {
     "memory": memory.run,
     "restart": restart.run,
     "audit": audit.run,
+    "fetch": fetch.run,
     "onnx_nodes": onnx_nodes.run,
 }
 

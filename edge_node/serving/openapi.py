@@ -60,7 +60,10 @@ def document(version: str) -> dict[str, Any]:
             "schemas": SCHEMAS,
             "responses": {str(s): _said(text, _content("Error")) for s, text in _ERRORS.items()},
             "parameters": {
-                **{n: {"name": n, "in": "path", "required": True, "schema": TEXT} for n in ("model", "version", "digest")},
+                **{
+                    n: {"name": n, "in": "path", "required": True, "schema": TEXT}
+                    for n in ("model", "version", "digest")
+                },
                 **{n: {"name": n, "in": "header", "schema": TEXT, "description": t} for n, t in _CONTROLS.items()},
                 "inference-header-content-length": {
                     "name": "inference-header-content-length",
