@@ -20,8 +20,8 @@ from typing import Any, Final
 
 import structlog
 
-from edge_node.agent.install import Say
 from edge_node.agent.reconcile import Desired
+from edge_node.agent.rejections import Say
 from edge_node.board import CAUGHT_UP, INCARNATION, BoardWriter, LogIdentity
 from schemas import codec
 from schemas.errors import EventRefused

@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -28,34 +27,22 @@ import structlog
 from edge_node.agent import reconcile
 from edge_node.agent.download import Abandoned
 from edge_node.agent.model_files import GOLDEN, MODEL, ModelFiles
-from edge_node.agent.reconcile import Activate, Actual, Collect, Desired, Failure, Fetch, Forward, Retire, Trial
+from edge_node.agent.proving import NotProven, Proving, Trials
+from edge_node.agent.reconcile import Activate, Actual, Collect, Desired, Fetch, Forward, Retire, Trial
+from edge_node.agent.rejections import Rejections, Say
 from edge_node.board import BoardFile, BoardModel, BoardWriter
-from inference.trial_report import TrialReport
 from schemas.errors import MlcdnError, ModelRefused
-from schemas.events import ArtifactRejected, Event
-from schemas.metrics import counter
 from streams.folds.releases import Wanted
 
 IDLE_S: Final = 1.0
 POSITIONS_S: Final = 1.0
 DISK_PAUSE_S: Final = 1.0
-CAUSE_MAX: Final = 500
 
 log = structlog.get_logger()
 
 
 class Fetcher(Protocol):
     async def fetch(self, wanted: Wanted, abandoned: threading.Event) -> dict[str, float]: ...
-
-
-class Trials(Protocol):
-    async def trial(
-        self, path: Path, sha256: str, golden_path: Path | None = None, rtol: float = ..., atol: float = ...
-    ) -> TrialReport: ...
-
-
-class Say(Protocol):
-    def __call__(self, event: Event, *, causation_id: str | None = None) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +70,11 @@ class Installer:
     def __init__(
         self, board: BoardWriter, files: ModelFiles, fetcher: Fetcher, trials: Trials, say: Say, around: Surroundings
     ) -> None:
-        self._board, self._files, self._fetcher, self._trials = board, files, fetcher, trials
-        self._say, self._around = say, around
+        self._board, self._files, self._fetcher, self._around = board, files, fetcher, around
+        self._proving = Proving(trials, files, around.runtime)
+        self._rejections = Rejections(say, around.fleet, around.now_ms, around.random)
         self._desired: Desired | None = None
         self._positions: dict[str, int] = {}
-        self._failures: dict[str, Failure] = {}
         self._busy: dict[str, _Work] = {}
         self._ms: dict[tuple[str, str], dict[str, float]] = {}
         self._previous: dict[str, frozenset[str]] = {}
@@ -112,7 +99,7 @@ class Installer:
                 pause = IDLE_S
                 try:
                     await self._reconcile()
-                    pause = self._pause_s()
+                    pause = self._rejections.pause_s(IDLE_S, frozenset(self._busy))
                 except OSError as error:
                     # The old board is whole and served; the next plan writes what this one could not.
                     log.error("board_not_written", error=error.strerror)
@@ -153,7 +140,7 @@ class Installer:
             models=self._board.file.models if self._board.file else {},
             verified=self._files.verified,
             proofs=self._files.proofs,
-            failures=self._failures,
+            failures=self._rejections.failures,
             busy=frozenset(self._busy),
             stored=stored,
             previous=self._previous,
@@ -173,7 +160,7 @@ class Installer:
                 before,
                 models=self._models(before, steps),
                 desired=desired.wanted,
-                errors=reconcile.errors(self._failures, desired),
+                errors=reconcile.errors(self._rejections.failures, desired),
                 positions=dict(self._positions),
             )
             if after == before:
@@ -199,7 +186,7 @@ class Installer:
             try:
                 slot = old.slot if old else self._board.free_slot(m.slot for m in (models | before.models).values())
             except MlcdnError as error:
-                self._failed(wanted, "activate", error)
+                self._rejections.failed(wanted, "activate", error)
                 continue
             if isinstance(step, Forward):
                 models[wanted.model] = BoardModel(wanted=wanted, slot=slot, forwarded=True)
@@ -217,14 +204,14 @@ class Installer:
     def _told(self, step: Activate | Forward | Retire, before: BoardFile) -> None:
         if isinstance(step, Retire):
             self._previous.pop(step.model, None)
-            self._failures.pop(step.model, None)
+            self._rejections.forget(step.model)
             log.info("model_taken_off_the_board", model=step.model)
             return
         wanted = step.wanted
         old = before.models.get(wanted.model)
         if old is not None and old.wanted.digest != wanted.digest:
             self._previous[wanted.model] = reconcile.needs(old.wanted)
-        self._failures.pop(wanted.model, None)
+        self._rejections.forget(wanted.model)
         self._ms.pop((wanted.model, wanted.digest), None)
         self._files.used(wanted.digest)
         log.info("model_on_the_board", model=wanted.model, version=wanted.version, sequence=wanted.sequence)
@@ -253,7 +240,7 @@ class Installer:
         # Whatever breaks here concerns one model, and the others are to go on; it is said and tried again.
         except Exception as error:
             log.exception("install_broke", model=wanted.model)
-            self._record(wanted, "install", type(error).__name__, retryable=True)
+            self._rejections.record(wanted, "install", type(error).__name__, retryable=True)
 
     async def _fetch(self, work: _Work) -> None:
         wanted = work.wanted
@@ -262,75 +249,23 @@ class Installer:
         try:
             ms = await self._fetcher.fetch(wanted, work.abandoned)
         except MlcdnError as error:
-            self._failed(wanted, "verify" if isinstance(error, ModelRefused) else "download", error)
+            self._rejections.failed(wanted, "verify" if isinstance(error, ModelRefused) else "download", error)
             return
         self._ms.setdefault((wanted.model, wanted.digest), {}).update(ms)
-        self._passed(wanted)
+        self._rejections.passed(wanted)
 
     async def _try_out(self, work: _Work) -> None:
-        wanted, golden = work.wanted, work.wanted.released.golden
-        path = self._files.path(wanted.digest, MODEL)
-        began = time.perf_counter()
+        wanted = work.wanted
         try:
-            if golden is None:
-                report = await self._trials.trial(path, wanted.digest)
-            else:
-                golden_path = self._files.path(golden.sha256, GOLDEN)
-                report = await self._trials.trial(path, wanted.digest, golden_path, golden.rtol, golden.atol)
+            ms = await self._proving.prove(wanted)
+        except NotProven as error:
+            self._rejections.record(wanted, error.phase, error.cause, retryable=False)
+            return
         except MlcdnError as error:
-            self._failed(wanted, "trial", error)
+            self._rejections.failed(wanted, "trial", error)
             return
-        self._ms.setdefault((wanted.model, wanted.digest), {})["trial"] = (time.perf_counter() - began) * 1e3
-        cause = report.reason if not report.ok else _unlike(wanted, report)
-        if cause:
-            phase = "golden" if report.golden == "failed" else "trial"
-            self._record(wanted, phase, cause, retryable=False)
-            return
-        await asyncio.to_thread(self._files.prove, reconcile.proof_of(wanted, self._around.runtime))
-        self._passed(wanted)
-
-    def _passed(self, wanted: Wanted) -> None:
-        failure = self._failures.get(wanted.model)
-        if failure is not None and failure.wanted == wanted:
-            del self._failures[wanted.model]
-
-    def _failed(self, wanted: Wanted, phase: str, error: MlcdnError) -> None:
-        self._record(wanted, phase, str(error), retryable=error.retryable)
-
-    def _record(self, wanted: Wanted, phase: str, cause: str, *, retryable: bool) -> None:
-        around = self._around
-        failure, news = reconcile.failed(
-            self._failures.get(wanted.model),
-            wanted,
-            phase,
-            cause[:CAUSE_MAX],
-            retryable=retryable,
-            now_ms=around.now_ms(),
-            random=around.random(),
-        )
-        self._failures[wanted.model] = failure
-        counter("mlcdn_artifacts_rejected_total").labels(phase).inc()
-        if not news:
-            return
-        log.error("artifact_rejected", model=wanted.model, phase=phase, cause=cause, retrying=retryable)
-        rejected = ArtifactRejected(
-            **around.fleet(),
-            model=wanted.model,
-            version=wanted.version,
-            sequence=wanted.sequence,
-            digest=wanted.digest,
-            position=wanted.position,
-            phase=phase,
-            cause=cause[:CAUSE_MAX],
-            retrying=retryable,
-        )
-        self._say(rejected, causation_id=wanted.cause)
-
-    def _pause_s(self) -> float:
-        retry_ms = reconcile.next_retry_ms(self._failures, frozenset(self._busy))
-        if retry_ms is None:
-            return IDLE_S
-        return min(IDLE_S, max(0.0, (retry_ms - self._around.now_ms()) / 1e3))
+        self._ms.setdefault((wanted.model, wanted.digest), {})["trial"] = ms
+        self._rejections.passed(wanted)
 
     async def _end_work(self) -> None:
         """A fetch ends at its next chunk; what it has is verified again by the next life."""
@@ -339,18 +274,3 @@ class Installer:
             work.abandoned.set()
             work.task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _unlike(wanted: Wanted, report: TrialReport) -> str:
-    """How the model's tensors differ from those that the release promised to clients; empty when they do not."""
-    released = wanted.released
-    for what, promised, found in (
-        ("input", released.inputs, report.inputs),
-        ("output", released.outputs, report.outputs),
-    ):
-        says = {t.name: (t.datatype, len(t.shape)) for t in promised}
-        has = {t.name: (t.datatype, len(t.shape)) for t in found}
-        if says != has:
-            names = ", ".join(sorted(n for n in says.keys() | has.keys() if says.get(n) != has.get(n)))
-            return f"its {what}s are not those of the release: {names}"
-    return ""

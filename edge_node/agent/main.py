@@ -22,10 +22,11 @@ import structlog
 from edge_node.agent import incarnation
 from edge_node.agent.control import TOPICS, Control
 from edge_node.agent.download import Downloader, Store
-from edge_node.agent.install import Installer, Surroundings, Trials
+from edge_node.agent.install import Installer, Surroundings
 from edge_node.agent.model_files import ModelFiles
 from edge_node.agent.neighbours import Neighbours
 from edge_node.agent.peer_fetch import PeerFetches
+from edge_node.agent.proving import Trials
 from edge_node.agent.sweep import sweep
 from edge_node.board import HEARTBEAT, INCARNATION, BoardWriter
 from edge_node.peer_proof import key_of
