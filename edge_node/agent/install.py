@@ -28,7 +28,7 @@ from edge_node.agent import reconcile
 from edge_node.agent.download import Abandoned
 from edge_node.agent.model_files import GOLDEN, MODEL, ModelFiles
 from edge_node.agent.proving import NotProven, Proving, Trials
-from edge_node.agent.reconcile import Activate, Actual, Collect, Desired, Fetch, Forward, Retire, Trial
+from edge_node.agent.reconcile import Activate, Actual, Collect, Desired, Fetch, Forward, Retire, StoredFile, Trial
 from edge_node.agent.rejections import Rejections, Say
 from edge_node.board import BoardFile, BoardModel, BoardWriter
 from schemas.errors import MlcdnError, ModelRefused
@@ -119,8 +119,7 @@ class Installer:
             wanted = desired.wanted.get(model)
             if wanted is None or wanted.digest != work.wanted.digest:
                 work.abandoned.set()
-        stored = await asyncio.to_thread(self._files.stored)
-        steps = reconcile.plan(self._actual(stored), desired)
+        steps = reconcile.plan(self._actual(*await asyncio.to_thread(self._files.on_disk)), desired)
         board: list[Activate | Forward | Retire] = []
         for step in steps:
             match step:
@@ -135,7 +134,7 @@ class Installer:
                     log.info("artifacts_collected", files=len(step.names), bytes=freed)
         await self._write(desired, board)
 
-    def _actual(self, stored: tuple[reconcile.StoredFile, ...]) -> Actual:
+    def _actual(self, stored: tuple[StoredFile, ...], begun: dict[str, int], free_bytes: int) -> Actual:
         return Actual(
             models=self._board.file.models if self._board.file else {},
             verified=self._files.verified,
@@ -143,9 +142,11 @@ class Installer:
             failures=self._rejections.failures,
             busy=frozenset(self._busy),
             stored=stored,
+            begun=begun,
             previous=self._previous,
             runtime=self._around.runtime,
             disk_bytes=self._around.disk_bytes,
+            free_bytes=free_bytes,
             now_ms=self._around.now_ms(),
         )
 
@@ -211,6 +212,7 @@ class Installer:
         old = before.models.get(wanted.model)
         if old is not None and old.wanted.digest != wanted.digest:
             self._previous[wanted.model] = reconcile.needs(old.wanted)
+            self._files.used(old.wanted.digest)
         self._rejections.forget(wanted.model)
         self._ms.pop((wanted.model, wanted.digest), None)
         self._files.used(wanted.digest)

@@ -152,7 +152,8 @@ class Agent:
                     log.info("purge_log_compacted")
             file = self._board.file
             if file is not None:
-                freed = await asyncio.to_thread(sweep, self._settings.dir, file.purges, time.time())
+                wanted = {desired.digest for desired in file.desired.values()}
+                freed = await asyncio.to_thread(sweep, self._settings.dir, file.purges, time.time(), wanted)
                 if freed:
                     log.info("swept", bytes=freed)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import threading
 from pathlib import Path
 from typing import Final
@@ -20,12 +21,13 @@ from typing import Final
 import msgspec
 
 from edge_node.agent.reconcile import Proof, StoredFile
-from streams.parts.part_file import part_of
+from streams.parts.part_file import ROOM_BYTES, part_of
 
 FOLDER: Final = "artifacts"
 MODEL: Final = "onnx"
 GOLDEN: Final = "npz"
 _NAME: Final = re.compile(rf"([0-9a-f]{{64}})\.({MODEL}|{GOLDEN})")
+_PART: Final = re.compile(rf"\.([0-9a-f]{{64}})\.{MODEL}\.part")
 _PROOFS: Final = msgspec.json.Decoder(frozenset[Proof])
 
 
@@ -51,14 +53,20 @@ class ModelFiles:
         """As the board names it."""
         return str(self.path(digest, kind).relative_to(self._directory))
 
-    def stored(self) -> tuple[StoredFile, ...]:
-        files = []
+    def on_disk(self) -> tuple[tuple[StoredFile, ...], dict[str, int], int]:
+        """What is there, the room that parts have taken, by digest, and the bytes that more may take."""
+        files, begun = [], {}
         for path in self.folder.iterdir():
-            if (match := _NAME.fullmatch(path.name)) is not None:
+            try:
                 found = path.stat()
+            except FileNotFoundError:
+                continue  # a fetch that has just ended
+            if (match := _PART.fullmatch(path.name)) is not None:
+                begun[match[1]] = found.st_blocks * 512
+            elif (match := _NAME.fullmatch(path.name)) is not None:
                 used_ms = found.st_mtime_ns // 1_000_000
                 files.append(StoredFile(name=path.name, digest=match[1], size=found.st_size, used_ms=used_ms))
-        return tuple(files)
+        return tuple(files), begun, shutil.disk_usage(self.folder).free - ROOM_BYTES
 
     def holds(self, digest: str, kind: str) -> bool:
         """Whether the file is there and its bytes are what its name says; one that is not is removed."""

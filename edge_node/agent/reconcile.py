@@ -5,6 +5,8 @@ Laws:
   one fetch, a redelivery none, and a crash between any two steps is repaired by the next plan.
 - A model takes one step at a time: Fetch → Trial → Activate. Its old release stays until the last of them.
 - Only a retirement takes a model away. One that the log does not know (the topic was made again) serves on.
+- Files are removed for two reasons, the budget and a disk that has no room for what is wanted; what is served, wanted, or
+  what a rollback would go back to, is never removed.
 - What was refused for good waits for another release; what may pass is tried again when its pause is over.
 
 It must not know how a step is done.
@@ -18,7 +20,7 @@ from typing import Final
 import msgspec
 
 from edge_node.board import BoardModel
-from schemas.events import Placement
+from schemas.events import ModelReleased, Placement
 from streams.folds.releases import Releases, Wanted, desired
 
 FIRST_PAUSE_MS: Final = 500
@@ -27,15 +29,19 @@ LAST_PAUSE_MS: Final = 4_000
 
 
 class Desired(msgspec.Struct, frozen=True, kw_only=True):
-    """What the log says: `wanted` by model; `retired` are the models it took away."""
+    """What the log says: `wanted` by model; `retired` are the models it took away; `previous` are the digests that a
+    rollback would most likely go back to, by model."""
 
     wanted: dict[str, Wanted] = {}
     retired: frozenset[str] = frozenset()
+    previous: dict[str, frozenset[str]] = {}
 
     @classmethod
     def of(cls, state: Releases) -> Desired:
         retired = frozenset(name for name, history in state.models.items() if history.wanted is None)
-        return cls(wanted=desired(state), retired=retired)
+        wanted = desired(state)
+        previous = {name: _before(wanted[name], state.models[name].brought.values()) for name in wanted}
+        return cls(wanted=wanted, retired=retired, previous=previous)
 
 
 class Proof(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,7 +75,8 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Actual(msgspec.Struct, frozen=True, kw_only=True):
-    """What is. `verified` are digests whose bytes this life has checked; `busy` are models with a step under way."""
+    """What is. `verified` are digests whose bytes this life has checked; `busy` are models with a step under way;
+    `begun` is the room that parts have taken, by digest; `free_bytes` may be filled."""
 
     models: Mapping[str, BoardModel] = {}
     verified: frozenset[str] = frozenset()
@@ -79,7 +86,9 @@ class Actual(msgspec.Struct, frozen=True, kw_only=True):
     stored: tuple[StoredFile, ...] = ()
     previous: Mapping[str, frozenset[str]] = {}
     runtime: str = ""
+    begun: Mapping[str, int] = {}
     disk_bytes: int = 0
+    free_bytes: int = 2**62
     now_ms: int = 0
 
 
@@ -114,7 +123,7 @@ class Retire(msgspec.Struct, frozen=True, tag=True):
 
 
 class Collect(msgspec.Struct, frozen=True, tag=True):
-    """Remove files: the least recently used ones that nothing needs, until the budget holds."""
+    """Remove files: the least recently used ones that nothing needs, until the budget holds and there is room."""
 
     names: tuple[str, ...]
 
@@ -123,13 +132,12 @@ Step = Fetch | Trial | Activate | Forward | Retire | Collect
 
 
 def plan(actual: Actual, desired: Desired) -> tuple[Step, ...]:
-    """The next step of every model that is not what it should be, then what may be removed."""
-    steps: list[Step] = [Retire(name) for name in sorted(desired.retired) if name in actual.models]
+    """What may be removed, for the room it makes; then the next step of every model that is not what it should be."""
+    steps: list[Step] = [Collect(names)] if (names := _collectable(actual, desired)) else []
+    steps += [Retire(name) for name in sorted(desired.retired) if name in actual.models]
     for name, wanted in sorted(desired.wanted.items()):
         if name not in actual.busy and (step := _next(actual, wanted)) is not None:
             steps.append(step)
-    if names := _collectable(actual, desired):
-        steps.append(Collect(names))
     return tuple(steps)
 
 
@@ -206,16 +214,36 @@ def _next(actual: Actual, wanted: Wanted) -> Step | None:
 def _collectable(actual: Actual, desired: Desired) -> tuple[str, ...]:
     active = (model.wanted for model in actual.models.values())
     pinned = {digest for wanted in (*active, *desired.wanted.values()) for digest in needs(wanted)}
-    for digests in actual.previous.values():
+    for digests in (*actual.previous.values(), *desired.previous.values()):
         pinned |= digests
-    return _over_budget(actual.stored, pinned, actual.disk_bytes)
+    over_budget = sum(file.size for file in actual.stored) - actual.disk_bytes
+    missing = _missing_bytes(actual, desired)
+    # Where nothing is wanted, a full disk is not for the node to empty.
+    return _oldest(actual.stored, pinned, max(over_budget, missing - actual.free_bytes if missing else 0))
 
 
-def _over_budget(stored: Iterable[StoredFile], pinned: set[str], budget: int) -> tuple[str, ...]:
-    files = list(stored)
-    over = sum(file.size for file in files) - budget
+def _missing_bytes(actual: Actual, desired: Desired) -> int:
+    """What the disk has yet to take of what is wanted."""
+    there = {file.digest for file in actual.stored}
+    sizes = {
+        wanted.digest: max(0, wanted.released.artifact.size_bytes - actual.begun.get(wanted.digest, 0))
+        for wanted in desired.wanted.values()
+        if wanted.digest in needs(wanted) - there
+    }
+    return sum(sizes.values())
+
+
+def _before(wanted: Wanted, brought: Iterable[ModelReleased]) -> frozenset[str]:
+    """The files of the newest release with another artifact."""
+    others = [released for released in brought if released.artifact.sha256 != wanted.digest]
+    newest = max(others, key=lambda released: released.sequence, default=None)
+    return needs(msgspec.structs.replace(wanted, released=newest)) if newest is not None else frozenset()
+
+
+def _oldest(stored: Iterable[StoredFile], pinned: set[str], over: int) -> tuple[str, ...]:
+    """Files that nothing needs, the least recently used first, until they make up for the bytes that are `over`."""
     names = []
-    for file in sorted(files, key=lambda f: (f.used_ms, f.name)):
+    for file in sorted(stored, key=lambda f: (f.used_ms, f.name)):
         if over <= 0:
             break
         if file.digest not in pinned:

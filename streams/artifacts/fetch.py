@@ -33,10 +33,8 @@ from schemas.events import Artifact
 from schemas.metrics import counter
 from streams.artifacts.bucket import Bucket, GivenUp
 from streams.parts.pace import Pace
-from streams.parts.part_file import PartFile, part_of, span
+from streams.parts.part_file import ROOM_BYTES, PartFile, part_of, span
 
-# What a disk must have left after a fetch: the board, the logs and the caches write to it too.
-ROOM_BYTES: Final = 64 * 2**20
 # Tries in a row that bring no byte.
 _TRIES: Final = 3
 _PAUSE_S: Final = 1.0

@@ -21,6 +21,8 @@ from typing import Final
 
 from schemas.events import Artifact
 
+# What a disk must have left after a fetch: the board, the logs and the caches write to it too.
+ROOM_BYTES: Final = 64 * 2**20
 _VERIFIED: Final = 1 << 63
 _COUNTER: Final = struct.Struct("<Q")
 

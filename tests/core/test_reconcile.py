@@ -32,7 +32,7 @@ from edge_node.agent.reconcile import (
 from edge_node.board import FIRST_MODEL, BoardModel
 from schemas.events import Artifact, Golden, ModelReleased, Placement, Tensor
 from schemas.names import golden_object_key, model_object_key
-from streams.folds.releases import Wanted
+from streams.folds.releases import ModelHistory, Releases, Wanted
 
 RUNTIME = "onnxruntime 1"
 NOW = 1_000_000
@@ -175,6 +175,44 @@ def test_the_least_recently_used_go_first_and_what_is_needed_stays() -> None:
     assert plan(have, desired(following)) == (Collect((f"{old}.onnx",)),)
     tight = msgspec.structs.replace(have, disk_bytes=0)
     assert plan(tight, desired(following)) == (Collect((f"{old}.onnx", f"{newer}.onnx")),)
+
+
+def test_a_disk_without_room_for_what_is_wanted_gives_up_the_oldest_first() -> None:
+    old, newer = f"{4:064x}", f"{5:064x}"
+    have = actual(
+        models={"m": on_board(V1)},
+        verified=needs(V1),
+        stored=(stored(newer, 6, 2), stored(V1.digest, 10, 0), stored(old, 6, 1)),
+        free_bytes=4,
+    )
+    assert plan(have, desired(V2)) == (Collect((f"{old}.onnx",)), Fetch(V2)), "10 bytes are wanted, 4 are free"
+    assert plan(msgspec.structs.replace(have, free_bytes=-1), desired(V2))[0] == Collect(
+        (f"{old}.onnx", f"{newer}.onnx")
+    )
+    assert plan(msgspec.structs.replace(have, begun={V2.digest: 10}), desired(V2)) == (Fetch(V2),), "its room is taken"
+    short = msgspec.structs.replace(have, begun={V2.digest: 5})
+    assert plan(short, desired(V2))[0] == Collect((f"{old}.onnx",)), "5 more are wanted"
+    assert plan(msgspec.structs.replace(have, free_bytes=-9), desired(V1)) == (), "a full disk alone empties nothing"
+
+
+def test_what_a_rollback_would_go_back_to_is_known_from_the_log() -> None:
+    """An agent that was started again has not seen what was served before."""
+    v1, v2, v3 = (wanted(sequence=n, digest=n, golden=n == 2) for n in (1, 2, 3))
+    brought = {w.digest: w.released for w in (v1, v2, v3)}
+    state = msgspec.structs.replace(
+        Releases.initial(()), models={"m": ModelHistory(sequence=3, brought=brought, wanted=v3)}
+    )
+    want = Desired.of(state)
+    assert want.previous == {"m": needs(v2)}
+    have = actual(
+        models={"m": on_board(v3)},
+        verified=needs(v3),
+        stored=tuple(stored(digest, 10, 0) for w in (v1, v2, v3) for digest in sorted(needs(w))),
+        disk_bytes=0,
+    )
+    assert plan(have, want) == (Collect((f"{v1.digest}.onnx",)),)
+    only = msgspec.structs.replace(state, models={"m": ModelHistory(sequence=1, brought={}, wanted=v1)})
+    assert Desired.of(only).previous == {"m": frozenset()}
 
 
 def test_one_report_a_release_and_cause_and_pauses_that_double() -> None:

@@ -837,6 +837,7 @@ def test_a_sweep_takes_leftovers_and_nothing_else(tmp_path: Path) -> None:
         tmp_path / "board" / "models.json",
         tmp_path / "artifacts" / f"{models.sha256(b'a')}.onnx",
     ]
+    resumable = tmp_path / "artifacts" / f".{models.sha256(b'b')}.onnx.part"
     gone = [
         tmp_path / "board" / "purges-1.log",
         tmp_path / "board" / "models.json.half",
@@ -847,6 +848,9 @@ def test_a_sweep_takes_leftovers_and_nothing_else(tmp_path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"12345")
     assert sweep(tmp_path, "purges-2.log", time.time()) == 0  # all are young
-    assert sweep(tmp_path, "purges-2.log", time.time() + 10**6) == 5 * len(gone)
+    resumable.write_bytes(b"12345")
+    assert sweep(tmp_path, "purges-2.log", time.time() + 1_000, {models.sha256(b"b")}) == 5 * len(gone)
+    assert resumable.exists()
+    assert sweep(tmp_path, "purges-2.log", time.time() + 1_000) == 5
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in gone)
