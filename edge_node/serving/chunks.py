@@ -24,7 +24,7 @@ from typing import Final
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from edge_node.board import BoardFile
 from edge_node.peer_proof import ARRIVED, HEADER, proves
@@ -80,19 +80,23 @@ class ChunkDoor:
         self._giving -= 1
         raise HTTPException(503, "it is not here yet", {"retry-after": "1", ARRIVED: str(had)})
 
-    async def send(self, descriptor: int, first: int, last: int, send: Send) -> None:
+    async def send(self, head: Message, descriptor: int, first: int, last: int, receive: Receive, send: Send) -> None:
         """What `give` has promised, to its end or to the client's."""
         given = counter("mlcdn_artifact_bytes_given_total")
+        # A send to a client that is gone says nothing.
+        gone = asyncio.create_task(_gone(receive))
         try:
-            while first <= last:
+            await send(head)
+            while first <= last and not gone.done():
                 piece = await asyncio.to_thread(os.pread, descriptor, min(PIECE_BYTES, last + 1 - first), first)
                 if not piece:
                     raise RuntimeError("the artifact became shorter while it was given")
                 first += len(piece)
                 await send({"type": "http.response.body", "body": piece, "more_body": first <= last})
                 given.inc(len(piece))
-                await asyncio.sleep(self._pace.moved(len(piece)))
+                await asyncio.wait({gone}, timeout=self._pace.moved(len(piece)))
         finally:
+            gone.cancel()
             self._giving -= 1
             os.close(descriptor)
 
@@ -121,8 +125,14 @@ class _Bytes(Response):
         ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 206, "headers": self.raw_headers})
-        await self._door.send(self._descriptor, self._first, self._last, send)
+        head = {"type": "http.response.start", "status": 206, "headers": self.raw_headers}
+        await self._door.send(head, self._descriptor, self._first, self._last, receive, send)
+
+
+async def _gone(receive: Receive) -> None:
+    """Until the client is."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def _opened(whole: Path, artifact: Artifact, number: int) -> int | None:

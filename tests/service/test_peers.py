@@ -28,6 +28,7 @@ from schemas.metrics import counter
 from streams.artifacts import CHUNK_BYTES, ArtifactStore, FetchOptions, describe
 from tests import models
 from tests.edge_node_process import EdgeNode, Operator, node_settings, until
+from tests.tcp_faults import TcpFaults
 
 START_S = 30.0
 BIG = 5 * CHUNK_BYTES + 4_321
@@ -142,24 +143,24 @@ def test_the_door_is_for_peers_and_gives_what_was_verified(
         node = made["door-1"]
         until(lambda: node.serves("door", digest), START_S)
 
-        def ask(first: int, last: int, *, of: str = digest, url: str = node.url, key: bytes = KEY) -> httpx.Response:
+        def asked(first: int, last: int, *, of: str = digest, url: str = node.url, key: bytes = KEY) -> httpx.Response:
             headers = {"range": f"bytes={first}-{last}", HEADER: proof(key, url, of, first, last)}
             return httpx.get(f"{node.url}/artifacts/{of}", headers=headers, trust_env=False)
 
-        good = ask(100, CHUNK_BYTES - 1)
+        good = asked(100, CHUNK_BYTES - 1)
         assert good.status_code == 206
         assert good.content == data[100:CHUNK_BYTES]
         assert good.headers["content-range"] == f"bytes 100-{CHUNK_BYTES - 1}/{len(data)}"
-        assert ask(CHUNK_BYTES, len(data) - 1).content == data[CHUNK_BYTES:]
+        assert asked(CHUNK_BYTES, len(data) - 1).content == data[CHUNK_BYTES:]
         refused = {
             "no range": httpx.get(f"{node.url}/artifacts/{digest}", trust_env=False),
-            "over two chunks": ask(100, CHUNK_BYTES),
-            "behind the end": ask(CHUNK_BYTES, len(data)),
-            "backwards": ask(9, 3),
-            "another artifact": ask(0, 9, of="0" * 64),
-            "no artifact at all": ask(0, 9, of="models.json"),
-            "another node's proof": ask(0, 9, url="http://elsewhere"),
-            "another secret's proof": ask(0, 9, key=b"guess"),
+            "over two chunks": asked(100, CHUNK_BYTES),
+            "behind the end": asked(CHUNK_BYTES, len(data)),
+            "backwards": asked(9, 3),
+            "another artifact": asked(0, 9, of="0" * 64),
+            "no artifact at all": asked(0, 9, of="models.json"),
+            "another node's proof": asked(0, 9, url="http://elsewhere"),
+            "another secret's proof": asked(0, 9, key=b"guess"),
         }
         assert {what: answer.status_code for what, answer in refused.items()} == {
             "no range": 416,
@@ -172,8 +173,70 @@ def test_the_door_is_for_peers_and_gives_what_was_verified(
             "another secret's proof": 403,
         }
         assert all("error" in answer.json() for answer in refused.values())
-        assert ask(0, 9).content == data[:10]
+        assert asked(0, 9).content == data[:10]
         assert node.predict("door", 1).status_code == 200
+
+
+def ask(node: EdgeNode, digest: str, first: int, last: int) -> dict[str, str]:
+    return {"range": f"bytes={first}-{last}", HEADER: proof(KEY, node.url, digest, first, last)}
+
+
+def test_a_chunk_is_given_once_it_was_verified_and_the_rest_is_said_to_be_on_its_way(
+    stack: RunningStack, identities: Identities, operator: Operator, tmp_path: Path
+) -> None:
+    small = operator.release("growing", models.mlp_bytes(4))
+    data = models.big_model_bytes(BIG, seed=12)
+    with TcpFaults(int(stack.addresses.s3_endpoint.rpartition(":")[2])) as line:
+        changes = {"MLCDN_S3_ENDPOINT": f"http://127.0.0.1:{line.port}", "MLCDN_FETCH_CHUNKS": "1"}
+        places = {"growing-1": "tokyo"}
+        with nodes(stack, identities, tmp_path, places, MLCDN_PEER_SECRET="secret", **changes) as made:
+            node = made["growing-1"]
+            until(lambda: node.serves("growing", small), START_S)
+            line.bytes_s = CHUNK_BYTES / 2
+            digest = operator.release("growing", data)
+            url = f"{node.url}/artifacts/{digest}"
+
+            def chunk(number: int) -> httpx.Response:
+                last = min(len(data), (number + 1) * CHUNK_BYTES) - 1
+                headers = ask(node, digest, number * CHUNK_BYTES, last)
+                return httpx.get(url, headers=headers, trust_env=False)
+
+            until(lambda: chunk(0).status_code == 503, START_S)
+            until(lambda: chunk(0).status_code == 206, START_S)
+            assert not node.serves("growing", digest)
+            assert chunk(0).content == data[:CHUNK_BYTES]
+            early = chunk(5)
+            assert early.status_code == 503 and "error" in early.json()
+            assert CHUNK_BYTES <= int(early.headers[ARRIVED]) < len(data)
+            line.heal()
+            until(lambda: node.serves("growing", digest), START_S)
+            assert chunk(5).content == data[5 * CHUNK_BYTES :]
+
+
+def test_only_so_many_are_served_at_once_and_a_client_that_goes_makes_room(
+    stack: RunningStack, identities: Identities, operator: Operator, tmp_path: Path
+) -> None:
+    data = models.big_model_bytes(CHUNK_BYTES, seed=13)
+    digest = operator.release("busy", data)
+    changes = {"MLCDN_PEER_SECRET": "secret", "MLCDN_PEER_BYTES_S": str(2**20)}
+    with (
+        nodes(stack, identities, tmp_path, {"busy-1": "tokyo"}, **changes) as made,
+        httpx.Client(trust_env=False) as http,
+    ):
+        node = made["busy-1"]
+        until(lambda: node.serves("busy", digest), START_S)
+        url, headers = f"{node.url}/artifacts/{digest}", ask(node, digest, 0, CHUNK_BYTES - 1)
+        slow = [http.send(http.build_request("GET", url, headers=headers), stream=True) for _ in range(4)]
+        assert [answer.status_code for answer in slow] == [206] * 4
+        fifth = http.get(url, headers=headers)
+        assert fifth.status_code == 429 and int(fifth.headers["retry-after"]) >= 1
+        assert node.predict("busy", 1).status_code == 200
+        for answer in slow:
+            answer.close()
+        few = ask(node, digest, 0, 9)
+        until(lambda: http.get(url, headers=few).status_code == 206, 10)
+        for _ in range(8):
+            assert http.get(url, headers=few).content == data[:10]
 
 
 def test_a_node_that_shares_nothing_says_so(
@@ -198,6 +261,7 @@ class Peer(ThreadingHTTPServer):
 
     def __init__(self, data: bytes, gives: Callable[[bytes, int], bytes | int]) -> None:
         self.data, self.gives, self.asked, self.unproved = data, gives, 0, 0
+        self.pause_s = 0.0
         super().__init__(("127.0.0.1", 0), _Answers)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self._thread = threading.Thread(target=self.serve_forever, args=(0.02,))
@@ -229,10 +293,12 @@ class _Answers(BaseHTTPRequestHandler):
             return
         self.send_response(206)
         self.send_header("content-range", f"bytes {first}-{last}/{len(peer.data)}")
-        self.send_header("content-length", str(last + 1 - first))
+        self.send_header("content-length", str(max(len(body), last + 1 - first)))
         self.end_headers()
         try:
-            self.wfile.write(body)
+            for start in range(0, len(body), 2**20):
+                self.wfile.write(body[start : start + 2**20])
+                time.sleep(peer.pause_s)
             if len(body) < last + 1 - first:
                 self.connection.close()
         except OSError:
@@ -349,12 +415,8 @@ def test_a_peer_that_crawls_is_left_for_one_that_does_not(
 ) -> None:
     monkeypatch.setattr(peer_fetch, "SLOW_S", 0.3)
     monkeypatch.setattr(peer_fetch, "SLOW_BYTES_S", 64 * 2**20)
-
-    def slowly(data: bytes, _: int) -> bytes:
-        time.sleep(0.5)
-        return data
-
-    slow, good = Peer(whole, slowly), Peer(whole, lambda data, _: data)
+    slow, good = (Peer(whole, lambda data, _: data) for _ in range(2))
+    slow.pause_s = 0.2
     live = frozenset({artifact.sha256})
     peers = Region(Neighbour(node="slow", url=slow.url, live=live), Neighbour(node="good", url=good.url, live=live))
     fetches = PeerFetches("me", KEY, 5, peers)
@@ -366,4 +428,4 @@ def test_a_peer_that_crawls_is_left_for_one_that_does_not(
         good.end()
     assert (tmp_path / "got").read_bytes() == whole
     assert spent("mlcdn_fetch_bytes_total", "s3") == before
-    assert good.asked
+    assert fetches.left() == {"slow"}
