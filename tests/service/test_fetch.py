@@ -3,6 +3,7 @@ in a process that is killed: what arrived is kept, what does not hold is refused
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import random
@@ -11,12 +12,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+from mlcdn.identities import ensure_identities
 from mlcdn.local_stack.running import RunningStack
 from schemas.errors import ModelRefused, Unreachable
 from schemas.events import Artifact
@@ -24,10 +27,14 @@ from schemas.metrics import counter
 from streams.artifacts import CHUNK_BYTES, ArtifactStore, FetchOptions, describe, fetch
 from streams.parts.pace import Pace
 from streams.parts.part_file import PartFile, holds_chunk, part_of, span
+from tests import models
+from tests.edge_node_process import EdgeNode, Load, Operator, node_settings
 from tests.tcp_faults import TcpFaults
 
 CHUNKS = 6
 SIZE = CHUNKS * CHUNK_BYTES - 1_001
+# Two cores shared with whatever else runs.
+SLACK = 1.5
 
 
 def store_at(stack: RunningStack, port: int | None = None, read_timeout_s: float = 1.0) -> ArtifactStore:
@@ -195,6 +202,38 @@ def test_a_disk_without_room_is_said_before_a_byte_is_asked_for(
     assert received() == before
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: usage)
     store_at(stack).fetch(artifact, tmp_path / "got", FetchOptions(deadline_s=60))
+
+
+# -- a whole node
+
+
+def test_a_node_serves_while_its_store_crawls_and_stands_still_and_goes_on_when_it_heals(
+    stack: RunningStack, line: TcpFaults, tmp_path: Path
+) -> None:
+    identities = asyncio.run(ensure_identities(tmp_path / "keys", stack.addresses.kafka, lambda _: None))
+    operator = Operator(stack.addresses, identities, tmp_path)
+    old = operator.release("crawled", models.mlp_bytes(1))
+    through = replace(stack.addresses, s3_endpoint=f"http://127.0.0.1:{line.port}")
+    node = EdgeNode(node_settings(through, identities, tmp_path / "node", "crawled-1"))
+    node.start()
+    try:
+        until(lambda: node.serves("crawled", old), 30)
+        line.bytes_s = 10_000
+        with Load(node, {"crawled": old}) as load:
+            new = operator.release("crawled", models.big_model_bytes(2 * CHUNK_BYTES, seed=3))
+            carried = line.carried
+            until(lambda: line.carried > carried + 100_000, 30)
+            line.held = True
+            time.sleep(12)  # longer than the store's read timeout
+        assert not load.wrong
+        assert load.answered == load.sent > 300
+        line.heal()
+        healed = time.monotonic()
+        until(lambda: node.serves("crawled", new), 15)
+        assert time.monotonic() - healed < 5 * SLACK
+        assert line.carried < carried + 2 * CHUNK_BYTES + 2**20
+    finally:
+        node.kill()
 
 
 # -- in a process of its own
