@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import random
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import trustme
 
 from edge_node.agent import peer_fetch
 from edge_node.agent.peer_fetch import PeerFetches
@@ -259,13 +261,23 @@ class Peer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, data: bytes, gives: Callable[[bytes, int], bytes | int]) -> None:
+    def __init__(
+        self, data: bytes, gives: Callable[[bytes, int], bytes | int], certificate: trustme.LeafCert | None = None
+    ) -> None:
         self.data, self.gives, self.asked, self.unproved = data, gives, 0, 0
         self.pause_s = 0.0
         super().__init__(("127.0.0.1", 0), _Answers)
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.url = f"{'https' if certificate else 'http'}://127.0.0.1:{self.server_port}"
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            certificate.configure_cert(context)
+            # The handshake is for the connection's own thread.
+            self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
         self._thread = threading.Thread(target=self.serve_forever, args=(0.02,))
         self._thread.start()
+
+    def handle_error(self, *_: object) -> None:
+        """A client that does not like the certificate says so."""
 
     def end(self) -> None:
         self.shutdown()
@@ -429,3 +441,30 @@ def test_a_peer_that_crawls_is_left_for_one_that_does_not(
     assert (tmp_path / "got").read_bytes() == whole
     assert spent("mlcdn_fetch_bytes_total", "s3") == before
     assert fetches.left() == {"slow"}
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["whose authority is known", "of a stranger"])
+def test_a_peer_that_speaks_tls(
+    store: ArtifactStore,
+    artifact: Artifact,
+    whole: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    known: bool,
+) -> None:
+    authority = trustme.CA()
+    if known:
+        authority.cert_pem.write_to_path(str(tmp_path / "authority"))
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority"))
+    peer = Peer(whole, lambda data, _: data, authority.issue_cert("127.0.0.1"))
+    peers = Region(Neighbour(node="peer", url=peer.url, live=frozenset({artifact.sha256})))
+    fetches = PeerFetches("me", KEY, 5, peers)
+    before = spent("mlcdn_fetch_bytes_total", "s3")
+    try:
+        store.fetch(artifact, tmp_path / "got", FetchOptions(deadline_s=60, sources=fetches.sources(artifact)))
+    finally:
+        peer.end()
+    assert (tmp_path / "got").read_bytes() == whole
+    assert spent("mlcdn_fetch_bytes_total", "s3") - before == (0 if known else len(whole))
+    assert fetches.left() == (frozenset() if known else {"peer"})
+    assert bool(peer.asked) == known, "a stranger is not even asked"
