@@ -1,4 +1,4 @@
-"""The local network's keys: a root, an operator's, the origin's; topics made, trust written once, read back before use.
+"""The local network's keys: a root and one each for operator, origin and checkpoints; topics made, trust written and read back.
 
 A change of trust goes to both signed topics, because each is judged by what stands in itself (docs/decisions/0003).
 """
@@ -26,6 +26,7 @@ from streams.log.reader import KafkaReader
 from streams.log.writer import Writer
 
 OPERATOR_KINDS: Final = ("ModelReleased", "ModelRolledBack", "ModelRetired", "CacheInvalidated")
+CHECKPOINT_KINDS: Final = ("LogCheckpoint",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,27 +37,34 @@ class Identities:
     root: Path
     operator: Path
     origin: Path
+    checkpoints: Path
 
 
 def key_files(directory: Path) -> Identities:
     """Makes whatever keys are missing."""
-    root, operator, origin = (_key(directory, label) for label in ("root", "operator", "origin"))
+    root, operator, origin, checkpoints = (
+        _key(directory, label) for label in ("root", "operator", "origin", "checkpoints")
+    )
     roots = directory / "roots.txt"
     if not roots.exists():
         write_roots(roots, {"root": load_private(root)})
-    return Identities(roots=roots, root=root, operator=operator, origin=origin)
+    return Identities(roots=roots, root=root, operator=operator, origin=origin, checkpoints=checkpoints)
 
 
 async def grant_first(identities: Identities, kafka: str) -> None:
-    """Grants the operator's and the origin's key, where the log does not have it. The topics must be there."""
+    """Grants each key but the root's, where the log does not have it. The topics must be there."""
     grants = tuple(
         Grant(
             public_key=load_private(path).public_key().public_bytes_raw(),
             label=label,
             models=("*",),
-            kinds=OPERATOR_KINDS,
+            kinds=kinds,
         )
-        for label, path in (("operator", identities.operator), ("origin", identities.origin))
+        for label, path, kinds in (
+            ("operator", identities.operator, OPERATOR_KINDS),
+            ("origin", identities.origin, OPERATOR_KINDS),
+            ("checkpoints", identities.checkpoints, CHECKPOINT_KINDS),
+        )
     )
     await change_trust(
         kafka,

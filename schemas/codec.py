@@ -63,6 +63,7 @@ SCHEMAS: Final = (
     SchemaVersion(13, "RoutesPublished", 1),
     SchemaVersion(14, "EventRejected", 1),
     SchemaVersion(15, "ModelReleased", 2),
+    SchemaVersion(16, "LogCheckpoint", 1),
 )
 BY_ID: Final = {s.id: s for s in SCHEMAS}
 LATEST: Final = {s.kind: s for s in SCHEMAS}

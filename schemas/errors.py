@@ -80,6 +80,7 @@ class Refusal(StrEnum):
     UNKNOWN_MODEL = "unknown_model"
     UNKNOWN_DIGEST = "unknown_digest"
     DUPLICATE = "duplicate"
+    CHECKPOINT_AHEAD = "checkpoint_ahead"
     HANDLER_FAILED = "handler_failed"
 
 

@@ -119,6 +119,13 @@ class Settings(BaseSettings):
     router_default_lon: float = Field(0.0, ge=-180, le=180, description="Where a client of unknown place stands.")
     probe_s: float = Field(1.0, gt=0, le=60, description="Seconds between a router's probes of a node.")
     routes_s: float = Field(2.0, gt=0, le=60, description="Longest time between two published routing tables.")
+    checkpoint_s: float = Field(60.0, gt=0, le=86_400, description="Longest wait of a signed record for a checkpoint.")
+    checkpoint_expires_s: float = Field(
+        900.0,
+        gt=0,
+        le=30 * 86_400,
+        description="How long a checkpoint vouches for an idle topic; renewed after a third.",
+    )
     phi_suspect: float = Field(3.0, gt=0, description="Phi from which a node is suspect.")
     phi_dead: float = Field(8.0, gt=0, description="Phi from which a node is dead.")
 

@@ -49,7 +49,7 @@ RELEASES: Final = Topic(
     partitions=1,
     retention_ms=-1,
     max_bytes=1_048_576,
-    kinds=frozenset({"ModelReleased", "ModelRolledBack", "ModelRetired", "TrustChanged"}),
+    kinds=frozenset({"ModelReleased", "ModelRolledBack", "ModelRetired", "TrustChanged", "LogCheckpoint"}),
     signed=True,
 )
 INVALIDATIONS: Final = Topic(
@@ -59,7 +59,7 @@ INVALIDATIONS: Final = Topic(
     partitions=1,
     retention_ms=-1,
     max_bytes=1_048_576,
-    kinds=frozenset({"CacheInvalidated", "TrustChanged"}),
+    kinds=frozenset({"CacheInvalidated", "TrustChanged", "LogCheckpoint"}),
     signed=True,
 )
 FLEET: Final = Topic(

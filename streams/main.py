@@ -15,12 +15,14 @@ from processes import logs
 from processes.signals import stop_on_signals
 from processes.supervisor import Child, Supervisor
 from schemas.errors import SettingsInvalid
-from schemas.settings import load
+from schemas.settings import Settings, load
 
-JOBS: Final = ("routing",)
+ROUTING: Final = "routing"
+# Signs what it appends, so it runs where there is a key.
+CHECKPOINTS: Final = "checkpoints"
 
 
-def children() -> list[Child]:
+def children(settings: Settings) -> list[Child]:
     return [
         Child(
             name=job,
@@ -28,13 +30,13 @@ def children() -> list[Child]:
             stop_timeout_s=12,
             max_restarts=20,
         )
-        for job in JOBS
+        for job in ((ROUTING,) if settings.signing_key is None else (ROUTING, CHECKPOINTS))
     ]
 
 
-async def run() -> None:
+async def run(settings: Settings) -> None:
     async with stop_on_signals() as stop, Supervisor() as supervisor:
-        await supervisor.start(children())
+        await supervisor.start(children(settings))
         await supervisor.run_until(stop)
 
 
@@ -44,7 +46,7 @@ def main() -> None:
     except SettingsInvalid as error:
         raise SystemExit(str(error)) from None
     logs.configure(settings.log_level)
-    asyncio.run(run())
+    asyncio.run(run(settings))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from enum import StrEnum
 
 import msgspec
@@ -12,6 +13,7 @@ from schemas.events.event import Event
 from schemas.names import Scope
 
 MAX_SCOPES = 1_000
+MAX_BAD_SIGNATURES = 10_000
 MAX_SEQUENCE = 2**53
 
 
@@ -225,6 +227,34 @@ class CacheInvalidated(Event, frozen=True, kw_only=True):
     @property
     def key(self) -> str:
         return str(self.scopes[0])
+
+
+class LogCheckpoint(Event, frozen=True, kw_only=True):
+    """What stood in this topic up to `position`, in one hash (streams/folds/chain.py says which bytes).
+
+    Its signer vouches that those records stood there, and that of the records above `since` exactly `bad_signatures`
+    failed the check of their signature.
+    """
+
+    position: int
+    chain_sha256: str
+    since: int
+    bad_signatures: tuple[int, ...] = ()
+    expires_at_ms: int
+
+    def __post_init__(self) -> None:
+        names.within(self.position, 0, MAX_SEQUENCE, "position")
+        names.digest(self.chain_sha256, "chain_sha256")
+        names.within(self.since, -1, self.position, "since")
+        names.within(self.expires_at_ms, 0, MAX_SEQUENCE, "expires_at_ms")
+        names.within(len(self.bad_signatures), 0, MAX_BAD_SIGNATURES, "number of bad signatures")
+        for before, bad in itertools.pairwise((self.since, *self.bad_signatures, self.position + 1)):
+            if bad <= before and self.bad_signatures:
+                raise BadInput("bad signatures are positions that rise from above `since` to `position`")
+
+    @property
+    def key(self) -> str:
+        return "checkpoint"
 
 
 def _who(author: str, reason: str) -> None:

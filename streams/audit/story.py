@@ -20,6 +20,7 @@ from schemas.events import (
     Event,
     EventRejected,
     InvalidationApplied,
+    LogCheckpoint,
     ModelReleased,
     ModelRetired,
     ModelRolledBack,
@@ -167,6 +168,8 @@ def describe(event: Event) -> str:
             )
         case ModelRetired():
             return f"{event.model} retired as sequence {event.sequence} by {event.author}: {event.reason}"
+        case LogCheckpoint():
+            return f"vouches for everything to position {event.position} ({event.chain_sha256[:12]})"
         case CacheInvalidated():
             kind = "softly" if event.soft else "hard"
             return f"purged {kind} by {event.author}: {', '.join(map(str, event.scopes))}: {event.reason}"

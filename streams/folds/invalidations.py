@@ -17,8 +17,9 @@ from fnmatch import translate
 import msgspec
 
 from schemas.errors import EventRefused, Refusal
-from schemas.events import CacheInvalidated, TrustChanged
+from schemas.events import CacheInvalidated, LogCheckpoint, TrustChanged
 from schemas.names import Scope, ScopeKind
+from streams.folds import checkpoints
 from streams.folds import trust as trusting
 from streams.folds.step import Step
 from streams.folds.trust import Trust
@@ -170,6 +171,9 @@ def fold(state: Invalidations, record: Record) -> Step[Invalidations]:
         envelope = trusting.admit(state.trust, record)
         if envelope.id in state.ids:
             raise EventRefused(Refusal.DUPLICATE, f"stands at position {state.ids[envelope.id]}")
+        if isinstance(envelope.event, LogCheckpoint):
+            checkpoints.stands(envelope.event, record.offset)
+            return Step(moved, envelope=envelope)
     except EventRefused as refused:
         return Step(moved, refused=refused)
     if isinstance(envelope.event, TrustChanged):

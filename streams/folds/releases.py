@@ -13,7 +13,8 @@ from collections.abc import Mapping
 import msgspec
 
 from schemas.errors import EventRefused, Refusal
-from schemas.events import Event, ModelReleased, ModelRetired, ModelRolledBack, TrustChanged
+from schemas.events import Event, LogCheckpoint, ModelReleased, ModelRetired, ModelRolledBack, TrustChanged
+from streams.folds import checkpoints
 from streams.folds import trust as trusting
 from streams.folds.step import Step
 from streams.folds.trust import Trust
@@ -75,6 +76,9 @@ def _apply(state: Releases, event: Event, cause: str) -> Releases:
     match event:
         case TrustChanged():
             return msgspec.structs.replace(state, trust=trusting.changed(state.trust, event, state.position))
+        case LogCheckpoint():
+            checkpoints.stands(event, state.position)
+            return state
         case ModelReleased():
             before = _next(state, event.model, event.sequence, event.artifact.sha256)
             brought = (before.brought if before else {}) | {event.artifact.sha256: event}

@@ -13,7 +13,7 @@ import msgspec
 from schemas import codec, signing, topics
 from schemas.codec import Envelope
 from schemas.errors import EventRefused, Refusal
-from schemas.events import CacheInvalidated, TrustChanged
+from schemas.events import CacheInvalidated, LogCheckpoint, TrustChanged
 from schemas.names import ScopeKind
 from streams.log.record import Record
 
@@ -72,6 +72,8 @@ def _allowed(grant: KeyGrant, envelope: Envelope) -> None:
     event = envelope.event
     if event.kind == "TrustChanged" or event.kind not in grant.kinds:
         raise EventRefused(Refusal.KEY_NOT_ALLOWED, f"{grant.label} may not sign {event.kind}")
+    if isinstance(event, LogCheckpoint):
+        return  # it speaks of no model
     if isinstance(event, CacheInvalidated):
         # Only a model scope names a model; anything wider takes a key that may speak of every model.
         models = [s.value if s.kind is ScopeKind.MODEL else "*" for s in event.scopes]
