@@ -70,7 +70,7 @@ def story(
 
 @app.command()
 def verify(json: Json = False, directory: Dir = DEFAULT_DIR) -> None:
-    """Judge every signed record again and hold every live node against the log; exit 1 names who differs."""
+    """Judge every signed record again; hold topics against checkpoints and nodes against the log; exit 1 if one differs."""
     target = Target.at(directory)
     found = judge(target.reader, target.roots, now_ms=time.time_ns() // 1_000_000)
     if json:
@@ -82,6 +82,10 @@ def verify(json: Json = False, directory: Dir = DEFAULT_DIR) -> None:
         )
         for refused in found.refused:
             output.say(f"did not act: {refused.topic} {refused.position}: {refused.refusal} {refused.detail}")
+        for topic, position in found.checkpoints.items():
+            output.say(f"{topic} is vouched for to position {position}")
+        for alarm in found.alarms:
+            output.say(f"ALARM: {alarm.topic} is {alarm.reason}: {alarm.what}")
         for stale in found.stale:
             output.say(f"no fresh beat: {stale}")
         for difference in found.differences:

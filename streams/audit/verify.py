@@ -1,9 +1,9 @@
 """Verify: the log judged again from its first record, and every live node held against it.
 
-What is checked: each record of the signed topics (signature, signer, sequence rules) as every node judges it; each live
-worker's report: the digest of what its board says should be served against the fold at the position it names, and each
-model it calls live against the artifact that the log wants, and each it does not call live against its having said why. A
-difference names the node.
+What is checked: each record of the signed topics (signature, signer, sequence rules) as every node judges it; both
+topics against the checkpoints that stand in them; each live worker's report: the digest of what its board says should be
+served against the fold at the position it names, and each model it calls live against the artifact that the log wants,
+and each it does not call live against its having said why. A difference names the node.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from schemas.events import ServedModel
 from schemas.topics import INVALIDATIONS, RELEASES
 from streams.audit.replay import fold_fleet
 from streams.folds import invalidations, releases
+from streams.folds.checkpoints import ChainWatch
 from streams.folds.fleet import WorkerState
 from streams.folds.invalidations import Invalidations, PurgeMap
 from streams.folds.releases import Releases, Wanted
@@ -31,6 +32,14 @@ class RefusedRecord(msgspec.Struct, frozen=True, kw_only=True):
     detail: str
 
 
+class LogAlarm(msgspec.Struct, frozen=True, kw_only=True):
+    """A signed topic that is frozen or rewritten, by its own checkpoints."""
+
+    topic: str
+    reason: str
+    what: str
+
+
 class Difference(msgspec.Struct, frozen=True, kw_only=True):
     """A live node that says other than the log."""
 
@@ -41,7 +50,10 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Verified(msgspec.Struct, frozen=True, kw_only=True):
-    """`refused` are records that stand in the log and never acted: they are no fault of the log, but worth a look."""
+    """`refused` are records that stand in the log and never acted: they are no fault of the log, but worth a look.
+
+    `checkpoints` has the position of each topic's last checkpoint that held; no entry where none did.
+    """
 
     records: int
     releases_position: int
@@ -50,13 +62,15 @@ class Verified(msgspec.Struct, frozen=True, kw_only=True):
     desired_digest: str
     invalidations_digest: str
     refused: tuple[RefusedRecord, ...]
+    checkpoints: dict[str, int]
+    alarms: tuple[LogAlarm, ...]
     nodes: int
     stale: tuple[str, ...]
     differences: tuple[Difference, ...]
 
     @property
     def ok(self) -> bool:
-        return not self.differences
+        return not self.differences and not self.alarms
 
 
 def verify(reader: LogReader, roots: tuple[bytes, ...], *, now_ms: int) -> Verified:
@@ -67,9 +81,11 @@ def verify(reader: LogReader, roots: tuple[bytes, ...], *, now_ms: int) -> Verif
     history: dict[int, dict[str, Wanted]] = {-1: {}}
     times: dict[int, int] = {}
     records = 0
+    watches = [ChainWatch(RELEASES.name), ChainWatch(INVALIDATIONS.name)]
     for record in reader.read(RELEASES.name, 0):
         step = releases.fold(state, record)
         state = step.state
+        watches[0].take(record, step.envelope.event if step.envelope else None)
         records += 1
         history[state.position] = releases.desired(state)
         times[state.position] = record.timestamp_ms
@@ -79,6 +95,7 @@ def verify(reader: LogReader, roots: tuple[bytes, ...], *, now_ms: int) -> Verif
     for record in reader.read(INVALIDATIONS.name, 0):
         step_ = invalidations.fold(purges, record)
         purges = step_.state
+        watches[1].take(record, step_.envelope.event if step_.envelope else None)
         records += 1
         if (purge := invalidations.purge_of(step_)) is not None:
             purged.apply(purge)
@@ -104,6 +121,12 @@ def verify(reader: LogReader, roots: tuple[bytes, ...], *, now_ms: int) -> Verif
         desired_digest=releases.desired_digest(releases.desired(state)),
         invalidations_digest=invalidations.state_digest(purges, purged),
         refused=tuple(refused),
+        checkpoints={watch.topic: watch.last.position for watch in watches if watch.last is not None},
+        alarms=tuple(
+            LogAlarm(topic=watch.topic, reason=str(reason), what=what)
+            for watch in watches
+            for reason, what in watch.alarms(now_ms, at_end=True).items()
+        ),
         nodes=live,
         stale=tuple(stale),
         differences=tuple(differences),

@@ -14,6 +14,7 @@ from schemas.events import (
     CacheInvalidated,
     Grant,
     Location,
+    LogCheckpoint,
     ModelReleased,
     ModelSwapped,
     NodeBeat,
@@ -27,7 +28,7 @@ from streams.audit.control import At, fold_releases
 from streams.audit.replay import state_at
 from streams.audit.story import story
 from streams.audit.verify import SETTLING_MS, verify
-from streams.folds import releases
+from streams.folds import chain, releases
 from streams.log.local import LocalLog
 from streams.log.writer import Appended, Writer
 
@@ -44,7 +45,7 @@ class Scene:
             public_key=operator.public_key().public_bytes_raw(),
             label="op",
             models=("*",),
-            kinds=("ModelReleased", "CacheInvalidated"),
+            kinds=("ModelReleased", "CacheInvalidated", "LogCheckpoint"),
         )
         self.root = Writer(self.log, source="/operators/root", signing_key=root, now_ms=self.tick)
         self.operator = Writer(self.log, source="/operators/op", signing_key=operator, now_ms=self.tick)
@@ -180,6 +181,26 @@ def test_an_old_version_needs_a_reason_after_a_while() -> None:
     assert any("does not say why" in what for what in scene.differences())
     scene.beat(3, digest="a", state="failed", error="load: it is broken")
     assert scene.differences() == []
+
+
+@pytest.mark.parametrize(
+    ("forged", "late_ms", "alarms"),
+    [(False, 0, []), (True, 0, ["rewritten"]), (False, 61_000, ["frozen"]), (True, 61_000, ["rewritten"])],
+)
+def test_a_log_that_its_checkpoints_do_not_bear_out_is_an_alarm(forged: bool, late_ms: int, alarms: list[str]) -> None:
+    scene = Scene()
+    scene.release(1, "a")
+    found = chain.start(RELEASES.name)
+    for record in scene.log.read(RELEASES.name, 0):
+        found = chain.link(found, record)
+    checkpoint = LogCheckpoint(
+        position=1, chain_sha256="0" * 64 if forged else found.hex(), since=-1, expires_at_ms=scene.now_ms + 60_000
+    )
+    asyncio.run(scene.operator.append(checkpoint, topic=RELEASES.name))
+    said = verify(scene.log, scene.roots, now_ms=scene.now_ms + late_ms)
+    assert [(a.topic, a.reason) for a in said.alarms] == [(RELEASES.name, reason) for reason in alarms]
+    assert said.checkpoints == ({} if forged else {RELEASES.name: 1})
+    assert said.ok == (not alarms)
 
 
 def test_refused_records_are_listed_and_judged_alike() -> None:
