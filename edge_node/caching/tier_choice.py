@@ -7,7 +7,8 @@
 Laws:
 - Both are compared again every 0.1 s, so a choice follows what it was made of; a tier that no model asks is probed (see
   cache.py), or its cost would be of the past.
-- A look-up that was slow by chance moves nothing, several in a row do: on a busy worker they wait for the loop as runs do.
+- The cost is what a look-up takes undisturbed, as a row's is when it is warmed: a quick one counts ten times as much as a
+  slow one, since on a busy host look-ups wait for a core as runs do. Many slow ones in a row still tell.
 - A tier that is not asked is not filled either. What the origin runs is always worth it.
 - Each choice has its reason in words.
 
@@ -23,11 +24,11 @@ from schemas.events import TierUse
 
 # Until a tier was measured.
 PRIOR_S: Final = 0.0005
-# The first look-ups make connections and open files: of so many the shortest counts.
-FIRST_LOOKUPS: Final = 4
+# The first look-ups make connections and open files, on a host that is busy with a start: of so many the shortest counts.
+FIRST_LOOKUPS: Final = 8
 # What a further key adds: 1.2 us to send and read, the rest to unpack.
 _KEY_S: Final = 8e-6
-_WEIGHT_UP, _WEIGHT_DOWN = 0.05, 0.2
+_WEIGHT_UP, _WEIGHT_DOWN = 0.05, 0.5
 _LARGEST_RATIO: Final = 4.0
 STAYS: Final = 1.5
 
@@ -37,14 +38,15 @@ class LookupCost:
 
     def __init__(self) -> None:
         self.seconds, self.lookups = PRIOR_S, 0
+        self._shortest = float("inf")
 
     def observe(self, seconds: float, keys: int) -> None:
         one = max(seconds / keys, seconds - (keys - 1) * _KEY_S)
         self.lookups += 1
-        if self.lookups == 1:
-            self.seconds = one
-        elif self.lookups <= FIRST_LOOKUPS:
-            self.seconds = min(self.seconds, one)
+        if self.lookups <= FIRST_LOOKUPS:
+            self._shortest = min(self._shortest, one)
+            if self.lookups == FIRST_LOOKUPS:
+                self.seconds = self._shortest
         else:
             one = min(one, _LARGEST_RATIO * self.seconds)
             self.seconds += (_WEIGHT_UP if one > self.seconds else _WEIGHT_DOWN) * (one - self.seconds)

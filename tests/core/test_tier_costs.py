@@ -35,18 +35,28 @@ def test_near_the_border_a_choice_stays_what_it_was() -> None:
 def test_a_cost_forgets_its_first_connection_and_follows_what_lasts() -> None:
     cost = LookupCost()
     assert cost.seconds == PRIOR_S
-    for ms in (9.0, 0.4, 0.3, 0.5):
+    for ms in (9.0, 0.4, 0.3, *(0.5 for _ in range(FIRST_LOOKUPS - 4))):
         cost.observe(ms / 1e3, 1)
-    assert cost.seconds == pytest.approx(0.0003) and cost.lookups == FIRST_LOOKUPS
+        assert cost.seconds == PRIOR_S, "nothing is known yet"
+    cost.observe(0.0005, 1)
+    assert cost.seconds == pytest.approx(0.0003)
     # Once slow by chance, ten times slow, and quick again.
     cost.observe(0.05, 1)
     assert cost.seconds < 0.0004
     for _ in range(60):
         cost.observe(0.003, 1)
     assert cost.seconds > 0.002
-    for _ in range(20):
+    # A tier that is not asked has a probe a second.
+    for _ in range(4):
         cost.observe(0.0003, 1)
-    assert cost.seconds < 0.0004
+    assert cost.seconds < 0.0005
+
+
+def test_a_busy_host_does_not_make_a_tier_dear() -> None:
+    cost = LookupCost()
+    for number in range(400):
+        cost.observe((0.0002, 0.005, 0.004)[number % 3], 1)
+    assert cost.seconds < 0.0005
 
 
 def test_many_keys_at_once_count_as_one_look_up() -> None:

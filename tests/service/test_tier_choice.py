@@ -28,7 +28,7 @@ FAST_ALWAYS, SLOW_NEVER = "fast-always", "slow-never"
 ROWS = 10
 
 
-def slow_bytes(layers: int = 150, width: int = 512) -> bytes:
+def slow_bytes(layers: int = 400, width: int = 512) -> bytes:
     """The signature of the default MLP, and some milliseconds a row: one matrix multiplied with again and again."""
     rng = np.random.default_rng(7)
     first, middle, last = (

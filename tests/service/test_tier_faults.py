@@ -47,11 +47,12 @@ class Load:
     """One request after the other, each for an answer that nobody has, until it ends."""
 
     def __init__(self, edge: Edge, first: int) -> None:
-        self._edge, self._rows = edge, itertools.count(first)
+        self._rows = itertools.count(first)
         self.seconds: list[float] = []
         self.statuses: list[int] = []
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._ask)
+        self._http = httpx.Client(base_url=edge.url, trust_env=False, timeout=10)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -60,18 +61,29 @@ class Load:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._ending.set()
         self._thread.join()
+        self._http.close()
 
     def _ask(self) -> None:
-        with httpx.Client(base_url=self._edge.url, trust_env=False, timeout=10) as http:
-            while not self._ending.is_set():
-                body = {"features": [float(next(self._rows))] * 32, "model": SLOW}
-                began = time.perf_counter()
-                self.statuses.append(http.post("/predict", json=body).status_code)
-                self.seconds.append(time.perf_counter() - began)
+        while not self._ending.is_set():
+            body = {"features": [float(next(self._rows))] * 32, "model": SLOW}
+            began = time.perf_counter()
+            self.statuses.append(self._http.post("/predict", json=body).status_code)
+            self.seconds.append(time.perf_counter() - began)
 
 
 def in_lane(edge: Edge) -> int:
     return (edge.directory / "lane").stat().st_size
+
+
+def misses(edge: Edge, reason: str) -> float:
+    """Look-ups that Redis did not answer, for this reason."""
+    label = f'reason="{reason}",tier="redis"'
+    lines = [li for li in edge.http.get("/metrics").text.splitlines() if li.startswith("mlcdn_cache_misses_total{")]
+    return sum(float(line.rpartition(" ")[2]) for line in lines if label in line)
+
+
+def tenth(seconds: Sequence[float]) -> float:
+    return statistics.quantiles(seconds, n=10)[0]
 
 
 async def known(edge: Edge, state: str) -> float:
@@ -136,9 +148,11 @@ def test_row_5_every_request_is_answered_and_none_but_the_first_waits(
             while_open = load.seconds[opened:back]
             assert len(while_open) > 20
             assert max(load.seconds[before : opened + 1]) < baseline + TIMEOUT_S + SLACK_S
-            assert statistics.median(while_open) < baseline * 1.5 + 0.002, "an open breaker costs nothing"
-            waited = [s for s in load.seconds[before:] if s > baseline + TIMEOUT_S * 0.8]
-            assert len(waited) <= 2, "one time-out until the breaker opens, not one a turn"
+            # The quickest tenth, which other tests on the machine do not slow down.
+            assert tenth(while_open) < tenth(usual.seconds) * 1.5 + 0.002, "an open breaker costs nothing"
+            # A request's, and a probe's that went with it.
+            assert misses(second, "timeout") + misses(second, "unreachable") <= 2, "not one a turn"
+            assert (misses(second, "breaker") > 20) == away
             assert healed < HEALED_S
             # It is asked and filled again.
             await until_true(partial(shares_again, first, second))
@@ -163,9 +177,11 @@ def test_a_hung_redis_costs_all_that_wait_one_time_out_together(tmp_path: Path, 
         async with edges(tmp_path, 1, before=LANE_COUNTS, fast_lane=fast_lane) as (server, _, (edge,)):
             for row in range(5):
                 assert "mlcdn-redis; fwd=uri-miss" in edge.trail(SLOW, row)
+            loads = [Load(edge, first) for first in range(1_000, 9_000, 1_000)]
+            # What was computed is written by then.
+            await asyncio.sleep(0.2)
             server.pause()
             try:
-                loads = [Load(edge, first) for first in range(1_000, 9_000, 1_000)]
                 for load in loads:
                     load.__enter__()
                 await asyncio.sleep(1.5)
@@ -174,9 +190,11 @@ def test_a_hung_redis_costs_all_that_wait_one_time_out_together(tmp_path: Path, 
             finally:
                 server.resume()
             assert {status for load in loads for status in load.statuses} == {200}
-            for load in loads:
-                late = statistics.median(load.seconds) + TIMEOUT_S * 0.8
-                assert sum(seconds > late for seconds in load.seconds[1:]) <= 1 and len(load.seconds) > 5
+            # Those that asked at once, and a probe.
+            assert 1 <= misses(edge, "timeout") <= len(loads) + 1
+            assert misses(edge, "breaker") > 20
+            # Eight rows of the model among it, and eight clients that share an interpreter.
+            assert all(load.seconds[0] < TIMEOUT_S + 4 * SLACK_S for load in loads)
 
     asyncio.run(scenario())
 
