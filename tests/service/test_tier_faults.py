@@ -28,7 +28,7 @@ from tests.service.test_tier_choice import until as until_true
 from tests.service.test_worker import Runs, run, runs, until
 
 # Of a request: the time-out of a look-up, which the first may wait for, and the hiccups of a machine with other tests.
-TIMEOUT_S, SLACK_S, HEALED_S = 0.05, 0.1, 2.0
+TIMEOUT_S, SLACK_S, HEALED_S = 0.045, 0.1, 2.0
 LANE_COUNTS = """
 import os
 from edge_node.serving.lane.connection import LaneProtocol
