@@ -25,7 +25,7 @@ SPACE, DIGEST = "0123456789abcdef", "d" * 64
 # Read when the file is imported: the suite around it may take minutes before these tests run.
 NOW, HOUR_MS = time.time_ns() // 1_000_000, 3_600_000
 FIRST_S, OPEN_S, HEAL_S = 0.06, 0.002, 2.0
-# The machine's own hiccups while other tests run; the time-out itself is 50 ms.
+# The machine's own hiccups while other tests run; the time-out itself is 45 ms.
 SLACK_S = 0.02
 
 
