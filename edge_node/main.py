@@ -9,7 +9,7 @@
     SIGHUP restarts the workers, one after the other (`edge_node/rolling.py`)
 
     DIR/node.lock  DIR/pids.json {"agent": pid, "workers": [pid, …]}
-    /dev/shm/mlcdn-…/ (what the workers count together; DIR/metrics/ where there is no such folder)
+    what the workers count together: `edge_node/metrics_folder.py`
 
 Laws: a child that dies is started again for ever, with growing pauses; the agent may be gone and the workers serve; a
 worker may be gone and the others serve. It must not know models, caches or the log.
@@ -19,12 +19,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import os
-import shutil
 import signal
-import stat
 import sys
 import time
 from pathlib import Path
@@ -33,6 +30,7 @@ from typing import Final
 import structlog
 from prometheus_client import multiprocess
 
+from edge_node import metrics_folder
 from edge_node.board import INCARNATION, Fence, RealDisk
 from edge_node.rolling import restarting_on_hangup
 from processes import logs
@@ -51,7 +49,6 @@ AGENT_STOP_S: Final = 5.0
 REAP_S: Final = 5.0
 PIDS_S: Final = 0.1
 PIDS_RETRY_S: Final = 1.0
-MEMORY: Final = Path("/dev/shm")
 _FOR_EVER: Final = 10**9
 
 log = structlog.get_logger()
@@ -69,7 +66,7 @@ async def serve(settings: Settings) -> None:
     log.info("node_starts", node=settings.node, url=f"{scheme}://{host}:{port}", incarnation=fence[INCARNATION])
     fence.close()
     await end_old_agent(directory)  # 4
-    metrics = _metrics_folder(directory)
+    metrics, give_back = metrics_folder.take(directory)
 
     def on_exit(name: str, pid: int, _: int) -> None:
         # Gauges of a dead process must not be summed up with those of the living.
@@ -92,7 +89,7 @@ async def serve(settings: Settings) -> None:
         await supervisor.stop()  # 6
         hurried.cancel()
     (directory / "pids.json").unlink(missing_ok=True)
-    shutil.rmtree(metrics, ignore_errors=True)
+    give_back()
     listener.close()
     release()
 
@@ -168,27 +165,6 @@ def _is_agent(pid: int) -> bool:
         return AGENT_MODULE.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
-
-
-def _metrics_folder(directory: Path) -> Path:
-    """An empty folder, in memory where the system has one: the library maps files with holes, and a store into a hole of a
-    full disk is a SIGBUS, which would end every worker as it starts."""
-    in_memory = MEMORY / f"mlcdn-{hashlib.blake2b(os.fsencode(directory), digest_size=8).hexdigest()}"
-    folder = in_memory if _is_ours(in_memory) else directory / "metrics"
-    folder.mkdir(exist_ok=True)
-    for path in folder.glob("*.db"):
-        path.unlink()  # files of processes that are gone would be counted for ever
-    return folder
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether the folder could be made, or was ours before: where everybody may write, it may be another's, or a link."""
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-    except OSError:
-        return False
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
 
 
 async def _write_pids(supervisor: Supervisor, path: Path) -> None:
