@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -104,12 +104,17 @@ class Operator:
         return told, dropped
 
     def append(self, event: Event) -> int:
-        async def append() -> int:
+        return self.append_all([event])[0]
+
+    def append_all(self, events: Sequence[Event]) -> list[int]:
+        """As many at once as there are; their positions."""
+
+        async def append() -> list[int]:
             writer = Writer(
                 KafkaAppender(self._kafka, client_id="test"), source="/operators/test", signing_key=self._key
             )
             try:
-                return (await writer.append(event)).record.offset
+                return [done.record.offset for done in await asyncio.gather(*map(writer.append, events))]
             finally:
                 await writer.close()
 

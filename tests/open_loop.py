@@ -16,6 +16,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
@@ -23,6 +24,7 @@ from processes.ports import LOOPBACK
 from tests.edge_node_process import question
 
 ANSWER_S: Final = 10.0
+ADDED_MS, ANY_ADDED_MS = 5.0, 150.0
 HEAD: Final = b"POST /predict HTTP/1.1\r\nHost: edge\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 
 
@@ -30,7 +32,7 @@ class OpenLoop:
     """Asks the models of `digests` in turn, another row each time. `ms` are latencies, in the order of the answers."""
 
     def __init__(self, port: int, digests: Mapping[str, str], *, rate: float) -> None:
-        self._port, self._digests, self._pause_s = port, dict(digests), 1 / rate
+        self.rate, self._port, self._digests, self._pause_s = rate, port, dict(digests), 1 / rate
         self._stop = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="open-loop")
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
@@ -103,8 +105,26 @@ def percentile(ms: list[float], share: float) -> float:
     return sorted(ms)[math.ceil(len(ms) * share) - 1]
 
 
-def quiet_p99(ms: list[float], window: int) -> float:
-    """The lowest p99 of `window` answers in a row. What else a shared machine does comes and goes, and only ever adds; what
-    a fault costs all the time is in every window."""
-    starts = range(0, max(1, len(ms) - window + 1), max(1, window // 4))
-    return min(percentile(ms[start : start + window], 0.99) for start in starts)
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """The p99 of a load in ms, and that of its quietest second.
+
+    A p99 of a few hundred requests moves by more than a promise leaves on a machine of two cores, shared with whatever else
+    runs. But that comes and goes, and only ever adds; what a fault costs all the time is in every second. So the quietest
+    seconds are held against each other, and the whole may be a little worse by chance.
+    """
+
+    p99: float
+    quiet: float
+
+    @classmethod
+    def of(cls, load: OpenLoop) -> Pace:
+        ms, window = load.ms, round(load.rate)
+        starts = range(0, max(1, len(ms) - window + 1), max(1, window // 4))
+        return cls(percentile(ms, 0.99), min(percentile(ms[start : start + window], 0.99) for start in starts))
+
+    def __str__(self) -> str:
+        return f"{self.p99:.1f} ms (quietest {self.quiet:.1f})"
+
+    def keeps(self, usual: Pace, times: float) -> bool:
+        return self.quiet < usual.quiet * times + ADDED_MS and self.p99 < usual.p99 * times + ANY_ADDED_MS
