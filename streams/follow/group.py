@@ -11,10 +11,9 @@ from typing import Final
 
 import structlog
 from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient
 
 from streams.follow.app import FollowSpec
-from streams.log.client import QUIET, forward_logs
+from streams.log.client import QUIET, admin_client
 from streams.log.record import TopicPartition as At
 
 log = structlog.get_logger(__name__)
@@ -28,7 +27,7 @@ class GroupPositions:
     def __init__(self, spec: FollowSpec) -> None:
         self._group = spec.group
         settings = {**QUIET, "bootstrap.servers": spec.bootstrap, **spec.security}
-        self._admin = AdminClient(settings, logger=forward_logs())
+        self._admin = admin_client(settings)
 
     def committed(self) -> dict[At, int]:
         asked = ConsumerGroupTopicPartitions(self._group)

@@ -9,7 +9,6 @@ from typing import Final
 
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import (  # type: ignore[attr-defined] # the package's stub forgets to export them
-    AdminClient,
     AlterConfigOpType,
     ConfigEntry,
     ConfigResource,
@@ -20,7 +19,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined] # the package'
 
 from schemas.errors import MlcdnError, Unreachable
 from schemas.topics import TOPICS
-from streams.log.client import QUIET, forward_logs
+from streams.log.client import QUIET, admin_client
 
 _TIMEOUT_S: Final = 15.0
 _LISTED_PAUSE_S: Final = 0.02
@@ -44,7 +43,7 @@ class TopicAdmin:
 
     def __init__(self, bootstrap: str, *, security: Mapping[str, str] | None = None, replication: int = -1) -> None:
         self._bootstrap, self._replication = bootstrap, replication
-        self._admin = AdminClient({**QUIET, "bootstrap.servers": bootstrap, **(security or {})}, logger=forward_logs())
+        self._admin = admin_client({**QUIET, "bootstrap.servers": bootstrap, **(security or {})})
 
     def apply(self) -> list[str]:
         """Creates what is missing and sets what differs; a line for each change."""

@@ -31,7 +31,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined] # the package'
 )
 
 from schemas.errors import MlcdnError, NotFound, Unreachable
-from streams.log.client import QUIET, forward_logs
+from streams.log.client import QUIET, admin_client, forward_logs
 from streams.log.record import Record
 from streams.log.record import TopicPartition as OurPartition
 
@@ -60,8 +60,6 @@ class KafkaReader:
     ) -> None:
         self._bootstrap, self._timeout_s = bootstrap, timeout_s
         self._settings: dict[str, Any] = {**QUIET, "bootstrap.servers": bootstrap, **(security or {})}
-        self._admin_client: AdminClient | None = None
-        self._lock = threading.Lock()
 
     def topic_id(self, topic: str) -> str:
         return str(self._describe(topic).topic_id)
@@ -188,10 +186,7 @@ class KafkaReader:
         )
 
     def _admin(self) -> AdminClient:
-        with self._lock:
-            if self._admin_client is None:
-                self._admin_client = AdminClient(self._settings, logger=forward_logs())
-            return self._admin_client
+        return admin_client(self._settings)
 
     def _describe(self, topic: str) -> TopicDescription:
         asked = self._admin().describe_topics(TopicCollection([topic]), request_timeout=self._timeout_s)
@@ -222,6 +217,8 @@ class KafkaReader:
                 # A topic that was just made, or a broker that just came back, is led a moment later.
                 if code not in _NO_LEADER_YET or time.monotonic() > give_up:
                     raise self._translated(error, topic) from error
+                if code in _OLD_LEADER:
+                    self._learn_leader(topic, give_up)
             else:
                 # What the client gives for a question that was sent and not answered in time, and no error with it.
                 # Taken for an offset it would be a log that ends at its start, and a reader that has caught up.
@@ -229,6 +226,13 @@ class KafkaReader:
                     raise Unreachable("Kafka", self._bootstrap, f"it does not say where {topic} begins and ends")
                 return offsets
             time.sleep(_LEADER_PAUSE_S)
+
+    def _learn_leader(self, topic: str, give_up: float) -> None:
+        """A broker that came back has another epoch, and the client asks with the one it knew until it is told."""
+        try:
+            self._admin().list_topics(topic, timeout=max(0.1, give_up - time.monotonic()))
+        except KafkaException as error:
+            raise self._translated(error, topic) from error
 
     def _raise_unless_passing(self, error: KafkaError, topic: str) -> None:
         if error.code() in (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT):
@@ -242,7 +246,9 @@ class KafkaReader:
         return Unreachable("Kafka", self._bootstrap, what.str())
 
 
+_OLD_LEADER: Final = (KafkaError.FENCED_LEADER_EPOCH, KafkaError.UNKNOWN_LEADER_EPOCH)
 _NO_LEADER_YET: Final = (
+    *_OLD_LEADER,
     KafkaError._NOENT,
     KafkaError.LEADER_NOT_AVAILABLE,
     KafkaError.NOT_LEADER_FOR_PARTITION,
