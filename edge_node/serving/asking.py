@@ -101,11 +101,8 @@ class Asking:
         return [one if isinstance(one, Found) else one.result() for one in begun]
 
     async def _uncached(self, asks: Sequence[Ask], reason: str) -> list[Found]:
-        waiting = []
-        for ask in asks:
-            future = _future()
-            self._core.compute(ask, partial(_settle, future))
-            waiting.append(future)
+        waiting = [_future() for _ in asks]
+        self._core.compute([(ask, partial(_settle, future)) for ask, future in zip(asks, waiting, strict=True)])
         bodies = await _all(waiting)
         trail = (Consulted("edge", False, reason),)
         return [Found(body, model_tier(ask.served), 0, trail) for ask, body in zip(asks, bodies, strict=True)]

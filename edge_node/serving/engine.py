@@ -7,8 +7,8 @@
 Laws:
 - Every job lands once: with its outputs, its own error, or 504 at its deadline, whether its run came back or not.
 - A batch that fails is run again job by job, so that one request's bad input or short deadline is not another's.
-- The queue is bounded where it can grow: in front of busy threads. Above the release's `max_queue`, 429 at once. What
-  runs in the loop is gone by the next turn.
+- The queue is bounded where it can grow: in front of busy threads. Above the release's `max_queue`, 429 at once; a
+  request that is let in is let in with all its rows. What runs in the loop is gone by the next turn.
 - Each model has threads of its own: one that hangs until its deadline keeps no other from running. They run at a lower
   priority than the loop, so that a heavy model does not slow a light one down on the same core.
 
@@ -65,18 +65,22 @@ class Engine:
         """Jobs that wait, or are in a thread."""
         return len(self._waiting) + self._busy
 
-    def submit(self, job: Job) -> None:
-        """The job lands later, never in here. Overloaded where too many wait."""
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Of one request, all of them or none: they land later, never in here. Overloaded where too many wait."""
         if self._closed:
             raise NotReady(f"model {self._name} is not served any more")
-        if not job.ask.served.cost.in_loop or job.ask.served.asleep:
-            self._admit(job)
-            self._watch(job)
+        served = jobs[0].ask.served
+        beside_loop = not served.cost.in_loop or served.asleep
+        if beside_loop:
+            self._admit(jobs[0])
         elif len(self._waiting) >= IN_LOOP_MOST:
             raise Overloaded(f"model {self._name} has {IN_LOOP_MOST} computations waiting")
-        job.ask.served.enter()
-        self._waiting.add(job)
-        batching = job.ask.served.wanted.released.batching
+        for job in jobs:
+            if beside_loop:
+                self._watch(job)
+            served.enter()
+            self._waiting.add(job)
+        batching = served.wanted.released.batching
         self._full = batching.max_size
         self._see_to_it(batching.max_delay_us / 1e6)
 
@@ -107,7 +111,7 @@ class Engine:
         if self._due is None:
             loop = asyncio.get_running_loop()
             self._due = loop.call_later(delay_s, self._turn) if delay_s else loop.call_soon(self._turn)
-        elif len(self._waiting) == self._full and isinstance(self._due, asyncio.TimerHandle):
+        elif len(self._waiting) >= self._full and isinstance(self._due, asyncio.TimerHandle):
             self._due.cancel()
             self._due = asyncio.get_running_loop().call_soon(self._turn)
 

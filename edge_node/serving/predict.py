@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from itertools import groupby
 from typing import Any, Final
 
 import msgspec
@@ -43,6 +44,8 @@ from schemas.errors import MlcdnError, NotReady
 
 Array = np.ndarray[Any, np.dtype[Any]]
 CACHE_TIERS: Final = ("memory", "redis", "disk")
+# Gets the packed outputs or the error.
+Ended = Callable[[bytes | MlcdnError], None]
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,16 +101,18 @@ class Predictor:
             self._depart(leaving)
         return begun
 
-    def compute(self, ask: Ask, ended: Callable[[bytes | MlcdnError], None]) -> None:
-        """Whatever caches have. `ended` gets the packed outputs or the error, perhaps before this returns."""
-        engine = ask.served.engine
-        if engine is None or ask.served.model is None:
-            self.forwarding.submit(ask, ended)
+    def compute(self, rows: Sequence[tuple[Ask, Ended]]) -> None:
+        """Those of one request, whatever caches have. Each `Ended` gets its outcome, perhaps before this returns."""
+        served = rows[0][0].served
+        if served.engine is None or served.model is None:
+            for ask, ended in rows:
+                self.forwarding.submit(ask, ended)
             return
         try:
-            engine.submit(Job(ask, ended))
+            served.engine.submit([Job(ask, ended) for ask, ended in rows])
         except MlcdnError as error:
-            ended(error)
+            for _, ended in rows:
+                ended(error)
 
     async def look_up(self, ask: Ask) -> Found | None:
         """What a cache has, and nothing is computed."""
@@ -190,8 +195,9 @@ class Predictor:
             self._tiers.ask([flight for flight in flights if not flight.fresh])
 
     def _compute_all(self, flights: list[Flight]) -> None:
-        for flight in flights:
-            self.compute(flight.ask, partial(self._computed, flight))
+        # A turn's flights may be of several requests; the rows of one share its deadline.
+        for _, rows in groupby(flights, lambda flight: id(flight.ask.deadline)):
+            self.compute([(flight.ask, partial(self._computed, flight)) for flight in rows])
 
     def _computed(self, flight: Flight, outcome: bytes | MlcdnError) -> None:
         if isinstance(outcome, MlcdnError):

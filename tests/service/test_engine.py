@@ -80,7 +80,7 @@ class Desk:
             self.ended.append((number, value))
             self._more.set()
 
-        self.engine.submit(Job(ask, ended))
+        self.engine.submit([Job(ask, ended)])
 
     async def settled(self, count: int, seconds: float = 5.0) -> dict[int, Any]:
         async with asyncio.timeout(seconds):

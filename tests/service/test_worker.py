@@ -760,6 +760,22 @@ def test_overload_is_refused_at_once_and_counted_and_a_deadline_is_kept(tmp_path
     run(scenario())
 
 
+def test_a_request_of_many_rows_is_one_in_the_queue(tmp_path: Path, runs: Runs) -> None:
+    async def scenario() -> None:
+        node = Node(tmp_path)
+        node.release(V1, limits=Limits(max_queue=3))
+        # Slow when it is warmed, so it runs in its two threads.
+        runs.reset(delay_s=0.02)
+        rows = [[float(n)] * 32 for n in range(1_000)]
+        async with node.serving() as http:
+            for control in ({}, {"cache-control": "no-store"}):
+                answer = await http.post("/batch_predict", json={"features": rows}, headers=control)
+                assert answer.status_code == 200, answer.text
+                assert np.allclose(answer.json()["predictions"], truth(V1, rows), rtol=1e-5)
+
+    run(scenario())
+
+
 def test_rows_are_reported_and_what_is_dropped_is_counted_once(tmp_path: Path) -> None:
     async def scenario() -> None:
         node = Node(tmp_path, flush_s=10, beat_s=10)
