@@ -21,7 +21,7 @@ from collections.abc import Callable, Container, Sequence
 from typing import Final
 
 from edge_node.caching.entry import Entry
-from edge_node.caching.memory_tier import MemoryTier
+from edge_node.caching.memory_tier import MemoryTier, Place
 from edge_node.caching.tallies import missed
 from edge_node.caching.tier_choice import FIRST_LOOKUPS
 from edge_node.caching.tiers import SharedTier
@@ -53,6 +53,10 @@ class Cache:
             missed("memory", "absent" if entry is None else "other_digest")
             return None
         return entry
+
+    def place(self, key: bytes) -> Place | None:
+        """Where memory holds the entry of this key."""
+        return self.memory.place(key)
 
     async def lookup(
         self, key: bytes, digest: str, *, shared: bool, accept: Accept | None = None

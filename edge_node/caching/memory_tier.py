@@ -27,8 +27,10 @@ _LARGEST_SHARE: Final = 8
 _MAX_ROUNDS: Final = 64
 
 
-class _Place(msgspec.Struct, gc=False):
-    entry: Entry
+class Place(msgspec.Struct, gc=False):
+    """Where an entry stands. Who made something of it sees here whether it still does; None once it is gone."""
+
+    entry: Entry | None
     size: int
     asked_for: bool = False
 
@@ -38,7 +40,7 @@ class MemoryTier:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.bytes = max_bytes, 0
-        self._places: OrderedDict[bytes, _Place] = OrderedDict()
+        self._places: OrderedDict[bytes, Place] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._places)
@@ -50,17 +52,22 @@ class MemoryTier:
         place.asked_for = True
         return place.entry
 
+    def place(self, key: bytes) -> Place | None:
+        return self._places.get(key)
+
     def put(self, entry: Entry) -> bool:
         """Whether it is kept."""
         size = _size(entry)
         held = self._places.get(entry.key)
-        if size > self.max_bytes // _LARGEST_SHARE or (held is not None and _outranks(held.entry, entry)):
+        if size > self.max_bytes // _LARGEST_SHARE or (
+            held is not None and held.entry is not None and _outranks(held.entry, entry)
+        ):
             return False
         if held is not None:
             self.bytes += size - held.size
             held.entry, held.size = entry, size
         else:
-            self._places[entry.key] = _Place(entry, size)
+            self._places[entry.key] = Place(entry, size)
             self.bytes += size
         while self.bytes > self.max_bytes:
             self._evict()
@@ -69,9 +76,12 @@ class MemoryTier:
     def drop(self, key: bytes) -> None:
         place = self._places.pop(key, None)
         if place is not None:
+            place.entry = None
             self.bytes -= place.size
 
     def clear(self) -> None:
+        for place in self._places.values():
+            place.entry = None
         self._places.clear()
         self.bytes = 0
 
@@ -82,7 +92,8 @@ class MemoryTier:
                 break
             place.asked_for = False
             self._places.move_to_end(key)
-        key, place = self._places.popitem(last=False)
+        _, place = self._places.popitem(last=False)
+        place.entry = None
         self.bytes -= place.size
 
 

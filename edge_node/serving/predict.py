@@ -28,6 +28,7 @@ import numpy as np
 
 from edge_node.caching.cache import Cache
 from edge_node.caching.lookup import Verdict
+from edge_node.caching.memory_tier import Place
 from edge_node.caching.tallies import missed
 from edge_node.caching.tier_choice import TierChoice
 from edge_node.serving.batches import Ask, Job
@@ -139,6 +140,10 @@ class Predictor:
     def position(self, ask: Ask) -> str:
         """What an answer given now obeys."""
         return self._freshness.position(ask)
+
+    def place(self, key: bytes) -> Place | None:
+        """Where memory holds the entry of a hit."""
+        return self._cache.place(key)
 
     def tiers_of(self, served: Served) -> TierChoice:
         """Which tiers outside this process are asked for it, and why."""

@@ -446,6 +446,32 @@ def test_a_repeat_obeys_a_purge_a_swap_and_its_ttl_at_once(tmp_path: Path, monke
     run(scenario())
 
 
+def test_a_repeat_ends_with_the_entry_it_was_made_of(tmp_path: Path) -> None:
+    """Somebody had the answer computed anew: who asks next is told its age, not the old one's."""
+
+    async def scenario() -> None:
+        async with doors(tmp_path) as both:
+            ask = request(infer_body())
+            anew = request(infer_body(), INFER, "Cache-Control: no-cache")
+
+            async def age() -> int:
+                answer = await said(both.ports[0], [ask, LAST])
+                found = re.search(rb"age: (\d+)", answer)
+                assert found and b"mlcdn-memory; hit" in answer
+                return int(found[1])
+
+            await said(both.ports[0], [ask, LAST])
+            assert await age() == 0
+            await asyncio.sleep(1.05)
+            assert await age() == 1
+            await said(both.ports[0], [anew, LAST])
+            assert await age() == 0
+            both.lane.cache.memory.clear()
+            assert b"mlcdn-memory; fwd" in await said(both.ports[0], [ask, LAST])
+
+    run(scenario())
+
+
 def test_purges_that_cannot_be_read_end_every_repeat(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with doors(tmp_path) as both:

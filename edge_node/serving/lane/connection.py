@@ -94,6 +94,7 @@ class LaneProtocol(GuardedProtocol):
                     and repeat.stamp == lane.fence[PURGE]
                     and repeat.policy == lane.fence[POLICY]
                     and repeat.slot.current is repeat.served
+                    and repeat.place.entry is repeat.entry
                 ):
                     self.transport.write(lane.start_of(200, self.server_state.default_headers) + repeat.wire)
                     lane.row((t0, perf_counter_ns() - t0, repeat.cells))

@@ -175,14 +175,15 @@ class Lane:
     ) -> Wire:
         wire, size = self._worded(known, bound, ask, taken, found)
         cells = self._rows.cells(found.tier, 200, bound.row_index, len(body), size, ask.key)
-        entry = found.entry
-        if taken.id is None and entry is not None:
+        entry, place = found.entry, self._predictor.place(ask.key)
+        if taken.id is None and entry is not None and place is not None:
             # Until its age or its ttl is another second's.
             now_ms = time.time_ns() // _MS
             age_ms, left_ms = now_ms - entry.stored_at_ms, entry.fresh_until_ms - now_ms
             if age_ms >= 0 and left_ms > 0:
                 until = t0 + min(1_000 - age_ms % 1_000, left_ms % 1_000 + 1) * _MS
-                repeat = Repeat(wire.rest, until, ask.as_of, self.fence[POLICY], bound.served, slot, cells, 0)
+                policy = self.fence[POLICY]
+                repeat = Repeat(wire.rest, until, ask.as_of, policy, bound.served, slot, place, entry, cells, 0)
                 self.repeats.put(known, body, repeat)
         self.row((t0, time.perf_counter_ns() - t0, cells))
         return wire
