@@ -27,7 +27,7 @@ from mlcdn.local_stack.stack import StackAddresses
 from processes.parent_death import tied_to_parent
 from processes.ports import LOOPBACK, free_port
 from schemas import codec
-from schemas.events import CacheInvalidated, Event, ModelReleased, RequestBatch, Tensor
+from schemas.events import CacheInvalidated, CachePolicy, Event, ModelReleased, RequestBatch, Tensor, TierUse
 from schemas.names import Scope, ScopeKind, model_object_key
 from schemas.topics import REQUESTS
 from streams.artifacts import ArtifactStore, describe
@@ -77,6 +77,8 @@ class Operator:
             artifact=artifact,
             inputs=(Tensor(name="features", datatype="FP32", shape=(-1, WIDTH)),),
             outputs=(Tensor(name="scores", datatype="FP32", shape=(-1, 8)),),
+            # These models are quicker than a look-up; what hurts Redis must hurt who asks it.
+            cache=CachePolicy(tiers=TierUse.ALWAYS),
             created_at_ms=1,
             author="test",
         )

@@ -21,7 +21,9 @@ class Hottest:
         self._of: dict[str, dict[bytes, Ask]] = {}
 
     def asked_again(self, ask: Ask) -> None:
-        known = self._of.setdefault(ask.served.name, {})
+        known = self._of.get(ask.served.name)
+        if known is None:
+            known = self._of[ask.served.name] = {}
         if ask.key in known:
             # The latest is valid where an earlier one was purged.
             known[ask.key] = ask

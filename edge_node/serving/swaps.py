@@ -270,6 +270,7 @@ class Swaps:
         slot = self._slots.remove(name)
         if slot is not None:
             log.info("model_retired", model=name)
+            self._answers.hottest.take(name)
             task = asyncio.get_running_loop().create_task(slot.close())
             self._retiring.add(task)
             task.add_done_callback(self._retiring.discard)

@@ -118,6 +118,10 @@ def test_what_is_remembered_of_requests_is_bounded(tmp_path: Path) -> None:
             hottest = node.worker.predictor.hottest.take("digits")
             assert [ask.inputs["x"][0, 0] for ask in hottest] == [float(n) for n in reversed(range(20, MOST + 20))]
             assert node.worker.predictor.hottest.take("digits") == []
+            await twice([1.0] * 3)
+            node.retire("digits")
+            await until(lambda: node.worker.slots.find("digits") is None)
+            assert node.worker.predictor.hottest.take("digits") == [], "a retired model leaves nothing"
 
     run(scenario())
 
