@@ -23,7 +23,8 @@ from schemas.errors import EventRefused, MlcdnError, ModelRefused, NotFound, Ove
 from schemas.events import Placement
 from streams.artifacts import ArtifactStore, FetchOptions
 from streams.folds import releases
-from streams.folds.releases import Releases, Wanted
+from streams.folds.releases import Releases
+from streams.folds.wanted import Wanted
 from streams.log.record import Record
 
 log = structlog.get_logger(__name__)
@@ -116,7 +117,8 @@ class Hosting:
 
     async def _reconcile(self) -> bool:
         """False when something could not be done and should be tried again."""
-        wanted = {n: w for n, w in releases.desired(self._state).items() if w.released.placement is Placement.ORIGIN}
+        told = releases.desired(self._state, None)
+        wanted = {n: s.wanted for n, s in told.items() if s.wanted.released.placement is Placement.ORIGIN}
         for name in [n for n in self._hosted if n not in wanted]:
             del self._hosted[name]
             log.info("model retired", model=name)

@@ -64,6 +64,14 @@ SCHEMAS: Final = (
     SchemaVersion(14, "EventRejected", 1),
     SchemaVersion(15, "ModelReleased", 2),
     SchemaVersion(16, "LogCheckpoint", 1),
+    SchemaVersion(17, "ModelReleased", 3),
+    SchemaVersion(18, "RolloutAdvanced", 1),
+    SchemaVersion(19, "RolloutHalted", 1),
+    SchemaVersion(20, "RolloutPaused", 1),
+    SchemaVersion(21, "RolloutResumed", 1),
+    SchemaVersion(22, "RolloutAborted", 1),
+    SchemaVersion(23, "ShadowCompared", 1),
+    SchemaVersion(24, "RequestRecorded", 1),
 )
 BY_ID: Final = {s.id: s for s in SCHEMAS}
 LATEST: Final = {s.kind: s for s in SCHEMAS}

@@ -80,6 +80,8 @@ class Refusal(StrEnum):
     UNKNOWN_MODEL = "unknown_model"
     UNKNOWN_DIGEST = "unknown_digest"
     DUPLICATE = "duplicate"
+    NOT_IN_ROLLOUT = "not_in_rollout"
+    LATE_VERDICT = "late_verdict"
     CHECKPOINT_AHEAD = "checkpoint_ahead"
     HANDLER_FAILED = "handler_failed"
 

@@ -16,6 +16,7 @@ from schemas.errors import BadInput
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 OBJECT_KEY: Final = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*){1,7}")
+FILE_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 LABEL_MAX: Final = 128
 TEXT_MAX: Final = 2048
 SCOPE_MAX: Final = 512
@@ -101,6 +102,17 @@ def model_object_key(model: str, sha256: str) -> str:
 
 def golden_object_key(model: str, sha256: str) -> str:
     return f"golden/{name(model, 'model')}/{digest(sha256)}.npz"
+
+
+def data_object_key(model: str, sha256: str) -> str:
+    return f"models/{name(model, 'model')}/{digest(sha256)}.data"
+
+
+def file_name(value: str) -> str:
+    """A plain file name beside an ONNX file: no folder, nothing hidden."""
+    if not FILE_NAME.fullmatch(value):
+        raise BadInput(f"file name {value[:80]!r} is not of the form [A-Za-z0-9_][A-Za-z0-9._-]{{0,127}}")
+    return value
 
 
 def prediction_name(model: str, key: str) -> str:

@@ -49,7 +49,20 @@ RELEASES: Final = Topic(
     partitions=1,
     retention_ms=-1,
     max_bytes=1_048_576,
-    kinds=frozenset({"ModelReleased", "ModelRolledBack", "ModelRetired", "TrustChanged", "LogCheckpoint"}),
+    kinds=frozenset(
+        {
+            "ModelReleased",
+            "ModelRolledBack",
+            "ModelRetired",
+            "RolloutAdvanced",
+            "RolloutHalted",
+            "RolloutPaused",
+            "RolloutResumed",
+            "RolloutAborted",
+            "TrustChanged",
+            "LogCheckpoint",
+        },
+    ),
     signed=True,
 )
 INVALIDATIONS: Final = Topic(
@@ -69,7 +82,15 @@ FLEET: Final = Topic(
     retention_ms=30 * DAY_MS,
     max_bytes=262_144,
     kinds=frozenset(
-        {"NodeBeat", "ModelSwapped", "SwapFailed", "ArtifactRejected", "InvalidationApplied", "NodeLeft"},
+        {
+            "NodeBeat",
+            "ModelSwapped",
+            "SwapFailed",
+            "ArtifactRejected",
+            "InvalidationApplied",
+            "ShadowCompared",
+            "NodeLeft",
+        },
     ),
 )
 REQUESTS: Final = Topic(
@@ -79,6 +100,14 @@ REQUESTS: Final = Topic(
     retention_ms=DAY_MS,
     max_bytes=1_048_576,
     kinds=frozenset({"RequestBatch"}),
+)
+RECORDINGS: Final = Topic(
+    name="mlcdn.recordings",
+    key="model",
+    partitions=6,
+    retention_ms=DAY_MS,
+    max_bytes=524_288,
+    kinds=frozenset({"RequestRecorded"}),
 )
 ROUTES: Final = Topic(
     name="mlcdn.routes",
@@ -99,5 +128,5 @@ DEAD_LETTERS: Final = Topic(
 )
 
 TOPICS: Final[Mapping[str, Topic]] = {
-    t.name: t for t in (RELEASES, INVALIDATIONS, FLEET, REQUESTS, ROUTES, DEAD_LETTERS)
+    t.name: t for t in (RELEASES, INVALIDATIONS, FLEET, REQUESTS, RECORDINGS, ROUTES, DEAD_LETTERS)
 }

@@ -76,7 +76,7 @@ class Control:
         gauge("mlcdn_log_position").labels(topic).set(record.offset)
         if self.caught_up:
             if topic == RELEASES.name:
-                self._desired = Desired.of(self._releases)
+                self._desired = Desired.of(self._releases, self._fleet()["region"])
             self._on_desired(self._desired, self.positions)
         if refused is not None and record.offset > self._folded_before(topic):
             raise refused
@@ -92,7 +92,7 @@ class Control:
         self._board.begin(self._node, identity)
         self.caught_up = True
         self.flush()
-        self._desired = Desired.of(self._releases)
+        self._desired = Desired.of(self._releases, self._fleet()["region"])
         self._on_desired(self._desired, self.positions)
         log.info("caught_up", positions=self.positions, models=len(self._releases.models))
 

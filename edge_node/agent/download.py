@@ -22,7 +22,7 @@ from edge_node.agent.model_files import GOLDEN, MODEL, ModelFiles
 from schemas.errors import ModelRefused, Unreachable
 from schemas.events import Artifact
 from streams.artifacts import FetchOptions, Source
-from streams.folds.releases import Wanted
+from streams.folds.wanted import Wanted
 
 MAX_GOLDEN_BYTES: Final = 64 * 2**20
 # An artifact of gigabytes may take longer than a small one, and a store or a pace that does not give this much is slow.

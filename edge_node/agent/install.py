@@ -32,7 +32,7 @@ from edge_node.agent.reconcile import Activate, Actual, Collect, Desired, Fetch,
 from edge_node.agent.rejections import Rejections, Say
 from edge_node.board import BoardFile, BoardModel, BoardWriter
 from schemas.errors import MlcdnError, ModelRefused
-from streams.folds.releases import Wanted
+from streams.folds.wanted import Channel, Seated, Wanted
 
 IDLE_S: Final = 1.0
 POSITIONS_S: Final = 1.0
@@ -59,7 +59,7 @@ class Surroundings:
 
 @dataclass(slots=True)
 class _Work:
-    wanted: Wanted
+    seated: Seated
     task: asyncio.Task[None]
     abandoned: threading.Event = field(default_factory=threading.Event)
 
@@ -99,7 +99,7 @@ class Installer:
                 pause = IDLE_S
                 try:
                     await self._reconcile()
-                    pause = self._rejections.pause_s(IDLE_S, frozenset(self._busy))
+                    pause = self._rejections.pause_s(IDLE_S, {work.seated.seat for work in self._busy.values()})
                 except OSError as error:
                     # The old board is whole and served; the next plan writes what this one could not.
                     log.error("board_not_written", error=error.strerror)
@@ -115,18 +115,18 @@ class Installer:
         desired = self._desired
         if desired is None or self._board.file is None:
             return
-        for model, work in self._busy.items():
-            wanted = desired.wanted.get(model)
-            if wanted is None or wanted.digest != work.wanted.digest:
+        told = {seated.digest for seated in desired.seats.values()}
+        for work in self._busy.values():
+            if work.seated.digest not in told:
                 work.abandoned.set()
         steps = reconcile.plan(self._actual(*await asyncio.to_thread(self._files.on_disk)), desired)
         board: list[Activate | Forward | Retire] = []
         for step in steps:
             match step:
                 case Fetch():
-                    self._begin(step.wanted, self._fetch)
+                    self._begin(step.seated, self._fetch)
                 case Trial():
-                    self._begin(step.wanted, self._try_out)
+                    self._begin(step.seated, self._try_out)
                 case Activate() | Forward() | Retire():
                     board.append(step)
                 case Collect():
@@ -160,7 +160,7 @@ class Installer:
             after = msgspec.structs.replace(
                 before,
                 models=self._models(before, steps),
-                desired=desired.wanted,
+                desired=desired.seats,
                 errors=reconcile.errors(self._rejections.failures, desired),
                 positions=dict(self._positions),
             )
@@ -173,28 +173,32 @@ class Installer:
             self._positions_at = time.monotonic()
         for step in steps:
             # A step may have failed meanwhile, for want of a slot; what it left is for the next plan.
-            if isinstance(step, Retire) or after.models.get(step.wanted.model) != before.models.get(step.wanted.model):
+            if isinstance(step, Retire) or after.models.get(step.seated.seat) != before.models.get(step.seated.seat):
                 self._told(step, before)
 
     def _models(self, before: BoardFile, steps: list[Activate | Forward | Retire]) -> dict[str, BoardModel]:
         models = dict(before.models)
         for step in steps:
             if isinstance(step, Retire):
-                del models[step.model]
+                del models[step.seat]
                 continue
-            wanted = step.wanted
-            old = models.get(wanted.model)
+            seated, wanted = step.seated, step.seated.wanted
+            old = models.get(seated.seat)
             try:
                 slot = old.slot if old else self._board.free_slot(m.slot for m in (models | before.models).values())
             except MlcdnError as error:
-                self._rejections.failed(wanted, "activate", error)
+                self._rejections.failed(seated, "activate", error)
                 continue
             if isinstance(step, Forward):
-                models[wanted.model] = BoardModel(wanted=wanted, slot=slot, forwarded=True)
+                models[seated.seat] = BoardModel(
+                    wanted=wanted, channel=seated.channel, percent=seated.percent, slot=slot, forwarded=True
+                )
                 continue
             golden = wanted.released.golden
-            models[wanted.model] = BoardModel(
+            models[seated.seat] = BoardModel(
                 wanted=wanted,
+                channel=seated.channel,
+                percent=seated.percent,
                 path=self._files.relative(wanted.digest, MODEL),
                 golden_path=self._files.relative(golden.sha256, GOLDEN) if golden else None,
                 slot=slot,
@@ -204,70 +208,71 @@ class Installer:
 
     def _told(self, step: Activate | Forward | Retire, before: BoardFile) -> None:
         if isinstance(step, Retire):
-            self._previous.pop(step.model, None)
-            self._rejections.forget(step.model)
-            log.info("model_taken_off_the_board", model=step.model)
+            self._previous.pop(step.seat, None)
+            self._rejections.forget(step.seat)
+            log.info("model_taken_off_the_board", model=step.seat)
             return
-        wanted = step.wanted
-        old = before.models.get(wanted.model)
-        if old is not None and old.wanted.digest != wanted.digest:
+        seated, wanted = step.seated, step.seated.wanted
+        old = before.models.get(seated.seat)
+        if old is not None and seated.channel is Channel.STABLE and old.wanted.digest != wanted.digest:
             self._previous[wanted.model] = reconcile.needs(old.wanted)
             self._files.used(old.wanted.digest)
-        self._rejections.forget(wanted.model)
+        self._rejections.forget(seated.seat)
         self._ms.pop((wanted.model, wanted.digest), None)
         self._files.used(wanted.digest)
-        log.info("model_on_the_board", model=wanted.model, version=wanted.version, sequence=wanted.sequence)
+        log.info("model_on_the_board", model=seated.seat, version=wanted.version, sequence=wanted.sequence)
 
     # -- tasks
 
-    def _begin(self, wanted: Wanted, work: Callable[[_Work], Coroutine[Any, Any, None]]) -> None:
+    def _begin(self, seated: Seated, work: Callable[[_Work], Coroutine[Any, Any, None]]) -> None:
         async def bounded() -> None:
             async with self._turns:
-                await self._guarded(wanted, lambda: work(mine))
+                await self._guarded(seated, lambda: work(mine))
 
-        task = asyncio.get_running_loop().create_task(bounded(), name=f"install:{wanted.model}")
-        mine = self._busy[wanted.model] = _Work(wanted, task)
+        task = asyncio.get_running_loop().create_task(bounded(), name=f"install:{seated.seat}")
+        mine = _Work(seated, task)
+        self._busy[seated.digest] = mine
 
         def over(_: asyncio.Task[None]) -> None:
-            del self._busy[wanted.model]
+            del self._busy[seated.digest]
             self._wake.set()
 
         task.add_done_callback(over)
 
-    async def _guarded(self, wanted: Wanted, work: Callable[[], Awaitable[None]]) -> None:
+    async def _guarded(self, seated: Seated, work: Callable[[], Awaitable[None]]) -> None:
         try:
             await work()
         except Abandoned:
-            log.info("fetch_abandoned", model=wanted.model, sequence=wanted.sequence)
+            log.info("fetch_abandoned", model=seated.seat, sequence=seated.wanted.sequence)
         # Whatever breaks here concerns one model, and the others are to go on; it is said and tried again.
         except Exception as error:
-            log.exception("install_broke", model=wanted.model)
-            self._rejections.record(wanted, "install", type(error).__name__, retryable=True)
+            log.exception("install_broke", model=seated.seat)
+            self._rejections.record(seated, "install", type(error).__name__, retryable=True)
 
     async def _fetch(self, work: _Work) -> None:
-        wanted = work.wanted
+        seated, wanted = work.seated, work.seated.wanted
         if work.abandoned.is_set():
             raise Abandoned(wanted.model)
         try:
             ms = await self._fetcher.fetch(wanted, work.abandoned)
         except MlcdnError as error:
-            self._rejections.failed(wanted, "verify" if isinstance(error, ModelRefused) else "download", error)
+            self._rejections.failed(seated, "verify" if isinstance(error, ModelRefused) else "download", error)
             return
         self._ms.setdefault((wanted.model, wanted.digest), {}).update(ms)
-        self._rejections.passed(wanted)
+        self._rejections.passed(seated)
 
     async def _try_out(self, work: _Work) -> None:
-        wanted = work.wanted
+        seated, wanted = work.seated, work.seated.wanted
         try:
             ms = await self._proving.prove(wanted)
         except NotProven as error:
-            self._rejections.record(wanted, error.phase, error.cause, retryable=False)
+            self._rejections.record(seated, error.phase, error.cause, retryable=False)
             return
         except MlcdnError as error:
-            self._rejections.failed(wanted, "trial", error)
+            self._rejections.failed(seated, "trial", error)
             return
         self._ms.setdefault((wanted.model, wanted.digest), {})["trial"] = ms
-        self._rejections.passed(wanted)
+        self._rejections.passed(seated)
 
     async def _end_work(self) -> None:
         """A fetch ends at its next chunk; what it has is verified again by the next life."""

@@ -13,7 +13,7 @@ from typing import Protocol
 from edge_node.agent import reconcile
 from edge_node.agent.model_files import GOLDEN, MODEL, ModelFiles
 from inference.trial_report import TrialReport
-from streams.folds.releases import Wanted
+from streams.folds.wanted import Wanted
 
 
 class Trials(Protocol):

@@ -3,8 +3,10 @@
 Laws:
 - Level, not edge: a plan follows from what is and what is wanted, never from an event; so a replay of 200 releases is
   one fetch, a redelivery none, and a crash between any two steps is repaired by the next plan.
-- A model takes one step at a time: Fetch → Trial → Activate. Its old release stays until the last of them.
-- Only a retirement takes a model away. One that the log does not know (the topic was made again) serves on.
+- A seat (a model's stable one, or its candidate's) takes one step at a time: Fetch → Trial → Activate. The old release
+  stays until the last of them; but a candidate that is none any more leaves at once, or, when it has become the stable
+  release, in the very plan that seats it there: no request goes back to what it had left.
+- Only the log takes a model away. One that it does not know (the topic was made again) serves on.
 - Files are removed for two reasons, the budget and a disk that has no room for what is wanted; what is served, wanted, or
   what a rollback would go back to, is never removed.
 - What was refused for good waits for another release; what may pass is tried again when its pause is over.
@@ -14,14 +16,15 @@ It must not know how a step is done.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Final
 
 import msgspec
 
 from edge_node.board import BoardModel
-from schemas.events import ModelReleased, Placement
-from streams.folds.releases import Releases, Wanted, desired
+from schemas.events import Placement
+from streams.folds.releases import ModelHistory, Releases, desired
+from streams.folds.wanted import Channel, Seated, Wanted
 
 FIRST_PAUSE_MS: Final = 500
 # A release that waited for the object store is to be served within 5 s of its return.
@@ -29,19 +32,20 @@ LAST_PAUSE_MS: Final = 4_000
 
 
 class Desired(msgspec.Struct, frozen=True, kw_only=True):
-    """What the log says: `wanted` by model; `retired` are the models it took away; `previous` are the digests that a
-    rollback would most likely go back to, by model."""
+    """What the log says to a region: `seats` by name; `known` are the models it has spoken of; `previous` are the digests
+    that a rollback would most likely go back to, by model."""
 
-    wanted: dict[str, Wanted] = {}
-    retired: frozenset[str] = frozenset()
+    seats: dict[str, Seated] = {}
+    known: frozenset[str] = frozenset()
     previous: dict[str, frozenset[str]] = {}
 
     @classmethod
-    def of(cls, state: Releases) -> Desired:
-        retired = frozenset(name for name, history in state.models.items() if history.wanted is None)
-        wanted = desired(state)
-        previous = {name: _before(wanted[name], state.models[name].brought.values()) for name in wanted}
-        return cls(wanted=wanted, retired=retired, previous=previous)
+    def of(cls, state: Releases, region: str) -> Desired:
+        return cls(
+            seats=desired(state, region),
+            known=frozenset(state.models),
+            previous={name: _before(history) for name, history in state.models.items() if history.stable is not None},
+        )
 
 
 class Proof(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,7 +68,7 @@ class StoredFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
-    """Why `wanted` is not served yet. `retry_at_ms` is None when only another release can help."""
+    """Why `wanted` is not served yet on its seat. `retry_at_ms` is None when only another release can help."""
 
     wanted: Wanted
     phase: str
@@ -75,8 +79,9 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Actual(msgspec.Struct, frozen=True, kw_only=True):
-    """What is. `verified` are digests whose bytes this life has checked; `busy` are models with a step under way;
-    `begun` is the room that parts have taken, by digest; `free_bytes` may be filled."""
+    """What is. `models` and `failures` are by seat; `verified` are digests whose bytes this life has checked; `busy` are
+    digests with a step under way; `begun` is the room that parts have taken, by digest; `free_bytes` may
+    be filled."""
 
     models: Mapping[str, BoardModel] = {}
     verified: frozenset[str] = frozenset()
@@ -95,31 +100,31 @@ class Actual(msgspec.Struct, frozen=True, kw_only=True):
 class Fetch(msgspec.Struct, frozen=True, tag=True):
     """Have the artifact and its golden file on disk, verified."""
 
-    wanted: Wanted
+    seated: Seated
 
 
 class Trial(msgspec.Struct, frozen=True, tag=True):
     """Load and run it where it can do no harm."""
 
-    wanted: Wanted
+    seated: Seated
 
 
 class Activate(msgspec.Struct, frozen=True, tag=True):
     """Put it on the board."""
 
-    wanted: Wanted
+    seated: Seated
 
 
 class Forward(msgspec.Struct, frozen=True, tag=True):
     """Put it on the board as a model that the origin runs."""
 
-    wanted: Wanted
+    seated: Seated
 
 
 class Retire(msgspec.Struct, frozen=True, tag=True):
-    """Take the model off the board."""
+    """Take the seat off the board."""
 
-    model: str
+    seat: str
 
 
 class Collect(msgspec.Struct, frozen=True, tag=True):
@@ -132,13 +137,17 @@ Step = Fetch | Trial | Activate | Forward | Retire | Collect
 
 
 def plan(actual: Actual, desired: Desired) -> tuple[Step, ...]:
-    """What may be removed, for the room it makes; then the next step of every model that is not what it should be."""
+    """What may be removed, for the room it makes; seats that are none any more; the next step of every other."""
     steps: list[Step] = [Collect(names)] if (names := _collectable(actual, desired)) else []
-    steps += [Retire(name) for name in sorted(desired.retired) if name in actual.models]
-    for name, wanted in sorted(desired.wanted.items()):
-        if name not in actual.busy and (step := _next(actual, wanted)) is not None:
-            steps.append(step)
-    return tuple(steps)
+    ahead: dict[str, Step] = {}
+    for name, seated in sorted(desired.seats.items()):
+        # One digest is fetched and tried once, whatever seats it is wanted on.
+        if seated.digest not in actual.busy and (step := _next(actual, seated)) is not None:
+            ahead[name] = step
+    for name, model in sorted(actual.models.items()):
+        if _leaves(name, model, actual, desired, ahead):
+            steps.append(Retire(name))
+    return (*steps, *ahead.values())
 
 
 def proof_of(wanted: Wanted, runtime: str) -> Proof:
@@ -183,7 +192,7 @@ def failed(
     return failure, (phase, cause) not in reported
 
 
-def next_retry_ms(failures: Mapping[str, Failure], busy: frozenset[str]) -> int | None:
+def next_retry_ms(failures: Mapping[str, Failure], busy: Collection[str]) -> int | None:
     """When the first pause is over; None when nothing waits for one."""
     return min(
         (f.retry_at_ms for m, f in failures.items() if f.retry_at_ms is not None and m not in busy), default=None
@@ -191,29 +200,50 @@ def next_retry_ms(failures: Mapping[str, Failure], busy: frozenset[str]) -> int 
 
 
 def errors(failures: Mapping[str, Failure], desired: Desired) -> dict[str, str]:
-    """By model, for the board: why what is wanted is not served."""
-    return {m: f"{f.phase}: {f.cause}" for m, f in sorted(failures.items()) if desired.wanted.get(m) == f.wanted}
+    """By seat, for the board: why what is wanted is not served."""
+    wanted = {name: seated.wanted for name, seated in desired.seats.items()}
+    return {name: f"{f.phase}: {f.cause}" for name, f in sorted(failures.items()) if wanted.get(name) == f.wanted}
 
 
-def _next(actual: Actual, wanted: Wanted) -> Step | None:
-    current = actual.models.get(wanted.model)
-    failure = actual.failures.get(wanted.model)
+def _next(actual: Actual, seated: Seated) -> Step | None:
+    wanted = seated.wanted
+    current = actual.models.get(seated.seat)
+    failure = actual.failures.get(seated.seat)
     held = failure is not None and failure.wanted == wanted
     if held and failure is not None and (failure.retry_at_ms is None or failure.retry_at_ms > actual.now_ms):
         return None
-    served = current is not None and current.wanted == wanted
+    served = current is not None and (current.wanted, current.percent) == (wanted, seated.percent)
     if wanted.released.placement is Placement.ORIGIN:
-        return None if served else Forward(wanted)
+        return None if served else Forward(seated)
     if not needs(wanted) <= actual.verified:
-        return Fetch(wanted)
+        return Fetch(seated)
     if served:
         return None
-    return Activate(wanted) if proof_of(wanted, actual.runtime) in actual.proofs else Trial(wanted)
+    return Activate(seated) if proof_of(wanted, actual.runtime) in actual.proofs else Trial(seated)
+
+
+def _leaves(name: str, model: BoardModel, actual: Actual, desired: Desired, ahead: Mapping[str, Step]) -> bool:
+    """Whether a seat on the board is to be given up now."""
+    if model.wanted.model not in desired.known:
+        return False
+    told = desired.seats.get(name)
+    if model.channel is Channel.STABLE:
+        return told is None
+    if told is not None and told.wanted == model.wanted:
+        return False
+    stable = desired.seats.get(model.wanted.model)
+    if stable is None or stable.digest != model.wanted.digest:
+        return True
+    seated = actual.models.get(stable.seat)
+    return (seated is not None and seated.wanted == stable.wanted) or isinstance(
+        ahead.get(stable.seat), Activate | Forward
+    )
 
 
 def _collectable(actual: Actual, desired: Desired) -> tuple[str, ...]:
-    active = (model.wanted for model in actual.models.values())
-    pinned = {digest for wanted in (*active, *desired.wanted.values()) for digest in needs(wanted)}
+    active = [model.wanted for model in actual.models.values()]
+    told = [seated.wanted for seated in desired.seats.values()]
+    pinned = {digest for wanted in (*active, *told) for digest in needs(wanted)}
     for digests in (*actual.previous.values(), *desired.previous.values()):
         pinned |= digests
     over_budget = sum(file.size for file in actual.stored) - actual.disk_bytes
@@ -227,17 +257,20 @@ def _missing_bytes(actual: Actual, desired: Desired) -> int:
     there = {file.digest for file in actual.stored}
     sizes = {
         wanted.digest: max(0, wanted.released.artifact.size_bytes - actual.begun.get(wanted.digest, 0))
-        for wanted in desired.wanted.values()
+        for wanted in (seated.wanted for seated in desired.seats.values())
         if wanted.digest in needs(wanted) - there
     }
     return sum(sizes.values())
 
 
-def _before(wanted: Wanted, brought: Iterable[ModelReleased]) -> frozenset[str]:
-    """The files of the newest release with another artifact."""
-    others = [released for released in brought if released.artifact.sha256 != wanted.digest]
+def _before(history: ModelHistory) -> frozenset[str]:
+    """The files of what a halt would go back to, and of the newest release with another artifact."""
+    stable, rollout = history.stable, history.rollout
+    assert stable is not None
+    kept = needs(rollout.before) if rollout is not None and rollout.before is not None else frozenset()
+    others = [released for released in history.brought.values() if released.digest != stable.digest]
     newest = max(others, key=lambda released: released.sequence, default=None)
-    return needs(msgspec.structs.replace(wanted, released=newest)) if newest is not None else frozenset()
+    return kept | needs(msgspec.structs.replace(stable, released=newest)) if newest is not None else kept
 
 
 def _oldest(stored: Iterable[StoredFile], pinned: set[str], over: int) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ told of a cause once, not of each attempt. It must not know how anything is fetc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final, Protocol
 
 import structlog
@@ -16,7 +16,7 @@ from edge_node.agent.reconcile import Failure
 from schemas.errors import MlcdnError
 from schemas.events import ArtifactRejected, Event
 from schemas.metrics import counter
-from streams.folds.releases import Wanted
+from streams.folds.wanted import Seated
 
 CAUSE_MAX: Final = 500
 
@@ -28,7 +28,7 @@ class Say(Protocol):
 
 
 class Rejections:
-    """`failures` is by model. `fleet` gives the fields that every report begins with; `random` is in [0, 1)."""
+    """`failures` is by seat. `fleet` gives the fields that every report begins with; `random` is in [0, 1)."""
 
     def __init__(
         self, say: Say, fleet: Callable[[], dict[str, Any]], now_ms: Callable[[], int], random: Callable[[], float]
@@ -36,21 +36,22 @@ class Rejections:
         self._say, self._fleet, self._now_ms, self._random = say, fleet, now_ms, random
         self.failures: dict[str, Failure] = {}
 
-    def passed(self, wanted: Wanted) -> None:
+    def passed(self, seated: Seated) -> None:
         """A step of it went well."""
-        failure = self.failures.get(wanted.model)
-        if failure is not None and failure.wanted == wanted:
-            del self.failures[wanted.model]
+        failure = self.failures.get(seated.seat)
+        if failure is not None and failure.wanted == seated.wanted:
+            del self.failures[seated.seat]
 
-    def forget(self, model: str) -> None:
-        self.failures.pop(model, None)
+    def forget(self, seat: str) -> None:
+        self.failures.pop(seat, None)
 
-    def failed(self, wanted: Wanted, phase: str, error: MlcdnError) -> None:
-        self.record(wanted, phase, str(error), retryable=error.retryable)
+    def failed(self, seated: Seated, phase: str, error: MlcdnError) -> None:
+        self.record(seated, phase, str(error), retryable=error.retryable)
 
-    def record(self, wanted: Wanted, phase: str, cause: str, *, retryable: bool) -> None:
+    def record(self, seated: Seated, phase: str, cause: str, *, retryable: bool) -> None:
+        wanted = seated.wanted
         failure, news = reconcile.failed(
-            self.failures.get(wanted.model),
+            self.failures.get(seated.seat),
             wanted,
             phase,
             cause[:CAUSE_MAX],
@@ -58,7 +59,7 @@ class Rejections:
             now_ms=self._now_ms(),
             random=self._random(),
         )
-        self.failures[wanted.model] = failure
+        self.failures[seated.seat] = failure
         counter("mlcdn_artifacts_rejected_total").labels(phase).inc()
         if not news:
             return
@@ -76,7 +77,7 @@ class Rejections:
         )
         self._say(rejected, causation_id=wanted.cause)
 
-    def pause_s(self, most_s: float, busy: frozenset[str]) -> float:
+    def pause_s(self, most_s: float, busy: Collection[str]) -> float:
         """Until the next of them is tried again."""
         retry_ms = reconcile.next_retry_ms(self.failures, busy)
         if retry_ms is None:

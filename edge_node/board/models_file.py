@@ -11,9 +11,9 @@ from typing import Final
 
 import msgspec
 
-from streams.folds.releases import Wanted
+from streams.folds.wanted import Channel, Seated, Wanted
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 
 
 class LogIdentity(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,14 +30,15 @@ class LogIdentity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BoardModel(msgspec.Struct, frozen=True, kw_only=True):
-    """What workers serve of one model.
+    """What workers serve on one seat of a model; `percent` of its requests are a candidate's.
 
     `path` and `golden_path` are relative to the node's directory; `path` is None where the model is `forwarded` to the
     origin. `slot` is its slot of the fence; `ms` are the agent's phases: download, verify, trial.
     """
 
     wanted: Wanted
-    channel: str = "stable"
+    channel: Channel = Channel.STABLE
+    percent: float = 100.0
     path: str | None = None
     golden_path: str | None = None
     slot: int
@@ -48,8 +49,8 @@ class BoardModel(msgspec.Struct, frozen=True, kw_only=True):
 class BoardFile(msgspec.Struct, frozen=True, kw_only=True):
     """`policy` is the file's own version and rises with every write; `purges` names the purge log that goes with it.
 
-    `positions` are the last folded ones by topic; `desired` is what the log says, by model; `errors` says why a model
-    in `desired` is not yet, or not so, in `models`.
+    `positions` are the last folded ones by topic; `desired` is what the log says, by seat; `errors` says why a seat
+    of `desired` is not yet, or not so, in `models`.
     """
 
     format: int = FORMAT
@@ -59,7 +60,7 @@ class BoardFile(msgspec.Struct, frozen=True, kw_only=True):
     positions: dict[str, int] = {}
     policy: int = 0
     purges: str
-    desired: dict[str, Wanted] = {}
+    desired: dict[str, Seated] = {}
     models: dict[str, BoardModel] = {}
     errors: dict[str, str] = {}
 

@@ -105,7 +105,8 @@ class ChunkDoor:
         if board is None:
             return None
         served = (model.wanted for model in board.models.values())
-        for wanted in (*served, *board.desired.values()):
+        told = (seated.wanted for seated in board.desired.values())
+        for wanted in (*served, *told):
             if wanted.digest == digest:
                 return wanted.released.artifact
         return None

@@ -27,7 +27,7 @@ from edge_node.serving.warming import prefilled, warm
 from inference.onnx_model import OnnxModel, SessionSettings
 from processes.priority import lower_priority
 from schemas.errors import MlcdnError
-from streams.folds.releases import Wanted
+from streams.folds.wanted import Wanted
 
 QUIET_LOAD_S: Final = 10.0
 _LOWEST_PRIORITY: Final = 19

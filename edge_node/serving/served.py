@@ -19,7 +19,7 @@ from edge_node.serving.placement import RunCost
 from inference.datatypes import FREE, TensorSpec
 from inference.onnx_model import OnnxModel
 from schemas.events import Tensor
-from streams.folds.releases import Wanted
+from streams.folds.wanted import Wanted
 
 if TYPE_CHECKING:
     from edge_node.serving.engine import Engine

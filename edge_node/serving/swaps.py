@@ -37,7 +37,7 @@ from inference.onnx_model import SessionSettings
 from schemas.errors import NotReady
 from schemas.events import Event, ModelSwapped, ServedModel, SwapFailed
 from schemas.metrics import counter, histogram
-from streams.folds.releases import Wanted
+from streams.folds.wanted import Wanted
 
 LOOK_AT_MEMORY_S: Final = 1.0
 RETRY_S: Final = (1.0, 2.0, 5.0, 15.0, 30.0)
@@ -123,7 +123,7 @@ class Swaps:
         """For the beat: every model that is served or should be."""
         desired = self._board.desired if self._board else {}
         names = sorted({slot.name for slot in self._slots} | set(desired))
-        return tuple(self._standing_of(name, desired.get(name)) for name in names)
+        return tuple(self._standing_of(name, seated.wanted if (seated := desired.get(name)) else None) for name in names)
 
     async def close(self) -> None:
         tasks = [*self._running.values(), *self._retiring, *self._waking.values()]

@@ -22,7 +22,7 @@ from inference.golden import GoldenRefused, read_golden
 from inference.onnx_model import OnnxModel, RunFailed
 from inference.packed import pack_outputs
 from schemas.errors import BadTensor, MlcdnError
-from streams.folds.releases import Wanted
+from streams.folds.wanted import Wanted
 
 _TIMES: Final = 3
 _ROWS: Final = 32

@@ -1,8 +1,8 @@
-"""What operators and publishers say: trust, releases, invalidations. All signed. PURE."""
+"""What publishers and operators say: releases, rollbacks, retirements, invalidations. All signed. PURE."""
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 from enum import StrEnum
 
 import msgspec
@@ -10,47 +10,11 @@ import msgspec
 from schemas import names
 from schemas.errors import BadInput
 from schemas.events.event import Event
+from schemas.events.rollouts import MAX_SEQUENCE, OnFailure, Plan, Recording
 from schemas.names import Scope
 
 MAX_SCOPES = 1_000
-MAX_BAD_SIGNATURES = 10_000
-MAX_SEQUENCE = 2**53
-
-
-class Grant(msgspec.Struct, frozen=True, kw_only=True):
-    """A key and what it may sign. `models` are globs over model names, `kinds` are event kinds."""
-
-    public_key: bytes
-    label: str
-    models: tuple[str, ...]
-    kinds: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.public_key) != 32:
-            raise BadInput("a public key has 32 bytes")
-        names.name(self.label, "key label")
-        if not self.models or not self.kinds:
-            raise BadInput("a grant names at least one model glob and one event kind")
-
-
-class TrustChanged(Event, frozen=True, kw_only=True):
-    """Who may sign what, from its own position on. Signed by a root key; stands in both signed topics."""
-
-    grants: tuple[Grant, ...]
-    revoked: tuple[bytes, ...] = ()
-    author: str
-    reason: str = ""
-
-    def __post_init__(self) -> None:
-        _who(self.author, self.reason)
-        if not self.grants and not self.revoked:
-            raise BadInput("a change of trust grants or revokes something")
-        if any(len(k) != 32 for k in self.revoked):
-            raise BadInput("a public key has 32 bytes")
-
-    @property
-    def key(self) -> str:
-        return "trust"
+MAX_FILES = 256
 
 
 class Artifact(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,12 +37,17 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tensor(msgspec.Struct, frozen=True, kw_only=True):
-    """One input or output. `datatype` is an Open Inference Protocol name; -1 in `shape` is a free dimension."""
+    """One input or output. `datatype` is an Open Inference Protocol name; -1 in `shape` is a free dimension.
+
+    A request may leave out an input that is `optional`; one that is not `ranked` has any number of dimensions.
+    """
 
     name: str
     datatype: str
     shape: tuple[int, ...]
     labels: tuple[str, ...] = ()
+    optional: bool = False
+    ranked: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < len(self.name) <= 512:
@@ -145,6 +114,16 @@ class Golden(msgspec.Struct, frozen=True, kw_only=True):
         names.within(self.atol, 0, 1e30, "golden.atol")
 
 
+class File(msgspec.Struct, frozen=True, kw_only=True):
+    """External data of a model: what its ONNX file calls it, and its bytes."""
+
+    name: str
+    artifact: Artifact
+
+    def __post_init__(self) -> None:
+        names.file_name(self.name)
+
+
 class ModelReleased(Event, frozen=True, kw_only=True):
     """A version of a model exists and should be served."""
 
@@ -160,6 +139,11 @@ class ModelReleased(Event, frozen=True, kw_only=True):
     batching: Batching = Batching()
     limits: Limits = Limits()
     golden: Golden | None = None
+    plan: Plan = Plan()
+    on_failure: OnFailure = OnFailure.ROLLBACK
+    shadow_percent: float = 0.0
+    record: Recording = Recording()
+    files: tuple[File, ...] = ()
     created_at_ms: int
     author: str
     reason: str = ""
@@ -172,10 +156,25 @@ class ModelReleased(Event, frozen=True, kw_only=True):
             raise BadInput("a model has at least one output and at most 256 inputs and outputs")
         if self.artifact.object_key != names.model_object_key(self.model, self.artifact.sha256):
             raise BadInput("the artifact's key is not the content-addressed key of its model and digest")
+        names.within(self.shadow_percent, 0, 100, "shadow_percent")
+        names.within(len(self.files), 0, MAX_FILES, "number of files")
+        if len({file.name for file in self.files}) != len(self.files):
+            raise BadInput("two files of a model have one name")
+        for file in self.files:
+            if file.artifact.object_key != names.data_object_key(self.model, file.artifact.sha256):
+                raise BadInput(f"file {file.name}: its key is not the content-addressed key of its model and digest")
 
     @property
     def key(self) -> str:
         return self.model
+
+    @property
+    def digest(self) -> str:
+        """What answers: the ONNX file's SHA-256, or, where there are more files, one over the digests of all."""
+        if not self.files:
+            return self.artifact.sha256
+        parts = sorted(f"{file.artifact.sha256} {file.name}" for file in self.files)
+        return hashlib.sha256("\n".join(("mlcdn.files.v1", self.artifact.sha256, *parts)).encode()).hexdigest()
 
 
 class ModelRolledBack(Event, frozen=True, kw_only=True):
@@ -227,34 +226,6 @@ class CacheInvalidated(Event, frozen=True, kw_only=True):
     @property
     def key(self) -> str:
         return str(self.scopes[0])
-
-
-class LogCheckpoint(Event, frozen=True, kw_only=True):
-    """What stood in this topic up to `position`, in one hash (streams/folds/chain.py says which bytes).
-
-    Its signer vouches that those records stood there, and that of the records above `since` exactly `bad_signatures`
-    failed the check of their signature.
-    """
-
-    position: int
-    chain_sha256: str
-    since: int
-    bad_signatures: tuple[int, ...] = ()
-    expires_at_ms: int
-
-    def __post_init__(self) -> None:
-        names.within(self.position, 0, MAX_SEQUENCE, "position")
-        names.digest(self.chain_sha256, "chain_sha256")
-        names.within(self.since, -1, self.position, "since")
-        names.within(self.expires_at_ms, 0, MAX_SEQUENCE, "expires_at_ms")
-        names.within(len(self.bad_signatures), 0, MAX_BAD_SIGNATURES, "number of bad signatures")
-        for before, bad in itertools.pairwise((self.since, *self.bad_signatures, self.position + 1)):
-            if bad <= before and self.bad_signatures:
-                raise BadInput("bad signatures are positions that rise from above `since` to `position`")
-
-    @property
-    def key(self) -> str:
-        return "checkpoint"
 
 
 def _who(author: str, reason: str) -> None:

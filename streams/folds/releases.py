@@ -1,8 +1,9 @@
 """What every model should be: the fold of ``mlcdn.releases``. PURE.
 
 Laws: a model's sequence rises strictly over releases, rollbacks and retirements, and the lower position wins a tie, so
-every reader picks the same winner; a rollback names only what a release brought; a refused record changes the position
-and nothing else. `desired` is what a node is told; its digest is what a node reports back.
+every reader picks the same winner; a rollback names only what a release brought; a new release, a rollback or a
+retirement ends the rollout before it, and what was stable stays so; a refused record changes the position and nothing
+else. `desired` is what a region's nodes are told; its digest is what a node reports back.
 """
 
 from __future__ import annotations
@@ -13,38 +14,41 @@ from collections.abc import Mapping
 import msgspec
 
 from schemas.errors import EventRefused, Refusal
-from schemas.events import Event, LogCheckpoint, ModelReleased, ModelRetired, ModelRolledBack, TrustChanged
-from streams.folds import checkpoints
+from schemas.events import (
+    Event,
+    LogCheckpoint,
+    ModelReleased,
+    ModelRetired,
+    ModelRolledBack,
+    RolloutEvent,
+    TrustChanged,
+)
+from streams.folds import checkpoints, rollouts
 from streams.folds import trust as trusting
+from streams.folds.rollouts import Rollout
 from streams.folds.step import Step
 from streams.folds.trust import Trust
+from streams.folds.wanted import Channel, Seated, Wanted
 from streams.log.record import Record
 
 
-class Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """What should be served of one model, by the event at `position` (whose CloudEvents id is `cause`).
-
-    `released` is the release that brought the artifact: the event itself, or what a rollback points back to.
-    """
-
-    model: str
-    version: str
-    sequence: int
-    position: int
-    cause: str
-    released: ModelReleased
-
-    @property
-    def digest(self) -> str:
-        return self.released.artifact.sha256
-
-
 class ModelHistory(msgspec.Struct, frozen=True, kw_only=True):
-    """`brought` has each artifact's newest release by digest; `wanted` is None once the model is retired."""
+    """`brought` has each artifact's newest release by digest; `stable` is None before a first release has come through,
+    and once the model is retired; `rollout` is that of the newest release, None after a rollback or a retirement."""
 
     sequence: int
     brought: dict[str, ModelReleased]
-    wanted: Wanted | None
+    stable: Wanted | None = None
+    rollout: Rollout | None = None
+
+    @property
+    def newest(self) -> Wanted | None:
+        """What was asked for last: it serves, or is on its way, or was taken back."""
+        return self.rollout.wanted if self.rollout is not None else self.stable
+
+    @property
+    def retired(self) -> bool:
+        return self.stable is None and self.rollout is None
 
 
 class Releases(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,13 +70,12 @@ def fold(state: Releases, record: Record) -> Step[Releases]:
     moved = msgspec.structs.replace(state, position=record.offset)
     try:
         envelope = trusting.admit(state.trust, record)
-        return Step(_apply(moved, envelope.event, envelope.id), envelope=envelope)
+        return Step(_apply(moved, envelope.event, envelope.id, record.timestamp_ms), envelope=envelope)
     except EventRefused as refused:
         return Step(moved, refused=refused)
 
 
-def _apply(state: Releases, event: Event, cause: str) -> Releases:
-    wanted: Wanted | None
+def _apply(state: Releases, event: Event, cause: str, at_ms: int) -> Releases:
     match event:
         case TrustChanged():
             return msgspec.structs.replace(state, trust=trusting.changed(state.trust, event, state.position))
@@ -80,32 +83,40 @@ def _apply(state: Releases, event: Event, cause: str) -> Releases:
             checkpoints.stands(event, state.position)
             return state
         case ModelReleased():
-            before = _next(state, event.model, event.sequence, event.artifact.sha256)
-            brought = (before.brought if before else {}) | {event.artifact.sha256: event}
+            before = _next(state, event.model, event.sequence, event.digest)
+            brought = (before.brought if before else {}) | {event.digest: event}
             wanted = _wanted(state, event, event, cause)
+            rollout = rollouts.begun(wanted, before.stable if before else None, at_ms)
+            history = ModelHistory(sequence=event.sequence, brought=brought, stable=rollout.stable, rollout=rollout)
         case ModelRolledBack():
-            before = _next(state, event.model, event.sequence, event.to_digest)
-            if before is None:
-                raise EventRefused(Refusal.UNKNOWN_MODEL, event.model)
+            before = _known(_next(state, event.model, event.sequence, event.to_digest), event.model)
             if event.to_digest not in before.brought:
                 raise EventRefused(Refusal.UNKNOWN_DIGEST, f"no release of {event.model} brought {event.to_digest}")
-            brought = before.brought
-            wanted = _wanted(state, event, brought[event.to_digest], cause)
+            wanted = _wanted(state, event, before.brought[event.to_digest], cause)
+            history = ModelHistory(sequence=event.sequence, brought=before.brought, stable=wanted)
         case ModelRetired():
-            before = _next(state, event.model, event.sequence, None)
-            if before is None:
-                raise EventRefused(Refusal.UNKNOWN_MODEL, event.model)
-            brought, wanted = before.brought, None
+            before = _known(_next(state, event.model, event.sequence, None), event.model)
+            history = ModelHistory(sequence=event.sequence, brought=before.brought)
+        case RolloutEvent():
+            before = _known(state.models.get(event.model), event.model)
+            rollout = rollouts.moved(before.rollout, event, state.position, at_ms)
+            history = msgspec.structs.replace(before, stable=rollout.stable, rollout=rollout)
         case _:
             raise EventRefused(Refusal.WRONG_TOPIC, event.kind)
-    history = ModelHistory(sequence=event.sequence, brought=brought, wanted=wanted)
     return msgspec.structs.replace(state, models=state.models | {event.model: history})
+
+
+def _known(history: ModelHistory | None, model: str) -> ModelHistory:
+    if history is None:
+        raise EventRefused(Refusal.UNKNOWN_MODEL, model)
+    return history
 
 
 def _next(state: Releases, model: str, sequence: int, digest: str | None) -> ModelHistory | None:
     before = state.models.get(model)
     if before is not None and sequence <= before.sequence:
-        twin = sequence == before.sequence and (before.wanted.digest if before.wanted else None) != digest
+        newest = before.newest
+        twin = sequence == before.sequence and (newest.digest if newest else None) != digest
         refusal = Refusal.SEQUENCE_CONFLICT if twin else Refusal.SEQUENCE_NOT_HIGHER
         raise EventRefused(refusal, f"{model}: {sequence} after {before.sequence}")
     return before
@@ -127,14 +138,23 @@ def _wanted(
     )
 
 
-def desired(state: Releases) -> dict[str, Wanted]:
-    """What a node should serve, by model; retired models are not in it."""
-    return {name: history.wanted for name, history in sorted(state.models.items()) if history.wanted is not None}
+def desired(state: Releases, region: str | None) -> dict[str, Seated]:
+    """What a node of the region should serve, by seat; retired models are not in it. None: what any region may serve."""
+    seats: dict[str, Seated] = {}
+    for _, history in sorted(state.models.items()):
+        if history.stable is not None:
+            stable = Seated(wanted=history.stable)
+            seats[stable.seat] = stable
+        share = history.rollout.share(region) if history.rollout is not None else None
+        if history.rollout is not None and share is not None:
+            candidate = Seated(wanted=history.rollout.wanted, channel=Channel.CANDIDATE, percent=share)
+            seats[candidate.seat] = candidate
+    return seats
 
 
-def desired_digest(wanted: Mapping[str, Wanted]) -> str:
-    """SHA-256 of what should be served: the same for the same log, on every machine."""
-    return hashlib.sha256(msgspec.json.encode(dict(wanted), order="deterministic")).hexdigest()
+def desired_digest(seats: Mapping[str, Seated]) -> str:
+    """SHA-256 of what should be served: the same for the same log, on every machine of a region."""
+    return hashlib.sha256(msgspec.json.encode(dict(seats), order="deterministic")).hexdigest()
 
 
 def state_digest(state: Releases) -> str:

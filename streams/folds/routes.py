@@ -94,7 +94,10 @@ def _share(value: float) -> float:
 
 def _served_by_all(workers: list[WorkerState]) -> tuple[RoutedModel, ...]:
     """By name; in the middle of a swap workers differ in digest, and the node still serves the model."""
-    served = [{model.name: model for model in worker.beat.models if _serves(model)} for worker in workers]
+    # A model that is on both of its seats is known by the stable one.
+    served = [
+        {m.name: m for m in sorted(worker.beat.models, key=lambda m: m.channel) if _serves(m)} for worker in workers
+    ]
     names = sorted(set(served[0]).intersection(*served[1:]))
     models = [served[0][name] for name in names]
     return tuple(RoutedModel(name=m.name, version=m.version, digest=m.digest) for m in models)

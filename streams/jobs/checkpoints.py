@@ -28,7 +28,7 @@ from processes.signals import stop_on_signals
 from schemas import signing
 from schemas.errors import MlcdnError, Refusal, SettingsInvalid
 from schemas.events import LogCheckpoint
-from schemas.events.control import MAX_BAD_SIGNATURES
+from schemas.events.trust import MAX_BAD_SIGNATURES
 from schemas.settings import Settings, load
 from schemas.topics import INVALIDATIONS, RELEASES
 from streams.folds import invalidations, releases

@@ -76,7 +76,7 @@ class Scene:
         told, _ = fold_releases(self.log, self.roots, At())
         said: dict[str, Any] = {
             "positions": {RELEASES.name: told.position},
-            "desired_digest": releases.desired_digest(releases.desired(told)),
+            "desired_digest": releases.desired_digest(releases.desired(told, "r")),
         }
         served = ServedModel(
             name="m", version="v", digest=digest * 64, sequence=1, channel="stable", state=state,
@@ -102,8 +102,8 @@ def test_a_moment_by_position_and_by_time_is_the_same() -> None:
     by_time = state_at(scene.log, scene.roots, At(timestamp_ms=first.timestamp_ms))
     assert by_position.told == by_time.told
     assert by_position.state_digest == by_time.state_digest
-    assert [w.version for w in by_position.told] == ["v1"]
-    assert [w.version for w in state_at(scene.log, scene.roots, At()).told] == ["v2"]
+    assert [w.wanted.version for w in by_position.told] == ["v1"]
+    assert [w.wanted.version for w in state_at(scene.log, scene.roots, At()).told] == ["v2"]
     with pytest.raises(BadInput):
         state_at(scene.log, scene.roots, At(position=99))
 

@@ -34,7 +34,7 @@ from schemas.errors import Conflict, NotFound, Overloaded
 from schemas.events import Artifact, ModelReleased, Tensor
 from schemas.names import Scope, ScopeKind, model_object_key
 from streams.folds.invalidations import Purge, PurgeMap, Standing
-from streams.folds.releases import Wanted
+from streams.folds.wanted import Wanted
 
 IDENTITY = LogIdentity(releases_id="r1", invalidations_id="i1", catalogue="c1")
 ANOTHER = LogIdentity(releases_id="r2", invalidations_id="i1", catalogue="c1")

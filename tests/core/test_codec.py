@@ -180,4 +180,4 @@ def test_a_release_says_which_tiers_it_wants(tiers: TierUse) -> None:
     event = released(tiers=tiers)
     m = codec.encode(event, topic="mlcdn.releases", id="id-1", source="/operators/me", now_ms=0)
     assert codec.decode(m.topic, m.key, m.value, m.headers).event == event
-    assert m.header("ce_type") == b"mlcdn.ModelReleased.v2"
+    assert m.header("ce_type") == b"mlcdn.ModelReleased.v3"

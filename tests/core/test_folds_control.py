@@ -167,9 +167,9 @@ def test_a_models_sequence_rises_and_what_is_wanted_was_brought_by_a_release(log
             assert state == msgspec.structs.replace(before, position=each.offset)
         for model, history in state.models.items():
             assert history.sequence >= (before.models[model].sequence if model in before.models else 1)
-            if history.wanted is not None:
-                assert history.wanted.digest in history.brought
-                assert history.wanted.model == model
+            if history.stable is not None:
+                assert history.stable.digest in history.brought
+                assert history.stable.model == model
 
 
 @given(release_logs())
@@ -265,7 +265,7 @@ def test_of_two_releases_with_one_sequence_the_lower_position_wins_and_the_other
     repeat = releases.fold(conflict.state, log[3])
     assert repeat.refused is not None
     assert repeat.refused.refusal is Refusal.SEQUENCE_NOT_HIGHER
-    assert releases.desired(repeat.state)["digits"].digest == DIGESTS[0]
+    assert releases.desired(repeat.state, None)["digits"].digest == DIGESTS[0]
 
 
 # -- invalidations

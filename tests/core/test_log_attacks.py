@@ -73,8 +73,8 @@ def test_an_attack_on_releases_is_refused_with_its_reason(attack: str, forged: R
     step = releases.fold(before, forged)
     assert step.refused is not None, attack
     assert step.refused.refusal is refusal
-    assert releases.desired(step.state) == releases.desired(before)
-    assert releases.desired(step.state)["digits"].digest == DIGESTS[1]
+    assert releases.desired(step.state, None) == releases.desired(before, None)
+    assert releases.desired(step.state, None)["digits"].digest == DIGESTS[1]
 
 
 def test_a_replayed_purge_is_refused() -> None:

@@ -32,7 +32,8 @@ from edge_node.agent.reconcile import (
 from edge_node.board import FIRST_MODEL, BoardModel
 from schemas.events import Artifact, Golden, ModelReleased, Placement, Tensor
 from schemas.names import golden_object_key, model_object_key
-from streams.folds.releases import ModelHistory, Releases, Wanted
+from streams.folds.releases import ModelHistory, Releases
+from streams.folds.wanted import Channel, Seated, Wanted
 
 RUNTIME = "onnxruntime 1"
 NOW = 1_000_000
@@ -69,8 +70,12 @@ def on_board(w: Wanted) -> BoardModel:
     return BoardModel(wanted=w, path=None if forwarded else w.digest, slot=FIRST_MODEL, forwarded=forwarded)
 
 
+def sat(w: Wanted) -> Seated:
+    return Seated(wanted=w)
+
+
 def desired(*wants: Wanted, retired: frozenset[str] = frozenset()) -> Desired:
-    return Desired(wanted={w.model: w for w in wants}, retired=retired)
+    return Desired(seats={w.model: sat(w) for w in wants}, known=retired | {w.model for w in wants})
 
 
 def actual(**fields: Any) -> Actual:
@@ -89,38 +94,43 @@ PROVEN = frozenset({proof_of(V1, RUNTIME), proof_of(V2, RUNTIME)})
     ("have", "want", "steps"),
     [
         pytest.param(actual(), desired(), (), id="nothing is wanted"),
-        pytest.param(actual(), desired(V1), (Fetch(V1),), id="new on an empty disk"),
-        pytest.param(actual(verified=needs(V1)), desired(V1), (Trial(V1),), id="a kill after the download"),
+        pytest.param(actual(), desired(V1), (Fetch(sat(V1)),), id="new on an empty disk"),
+        pytest.param(actual(verified=needs(V1)), desired(V1), (Trial(sat(V1)),), id="a kill after the download"),
         pytest.param(
-            actual(verified=needs(V1), proofs=PROVEN), desired(V1), (Activate(V1),), id="a kill after the trial"
+            actual(verified=needs(V1), proofs=PROVEN), desired(V1), (Activate(sat(V1)),), id="a kill after the trial"
         ),
         pytest.param(actual(models=SERVING_V1, verified=needs(V1), proofs=PROVEN), desired(V1), (), id="a redelivery"),
-        pytest.param(actual(models=SERVING_V1), desired(V1), (Fetch(V1),), id="served, not yet verified in this life"),
-        pytest.param(actual(models=SERVING_V1, verified=needs(V1)), desired(V2), (Fetch(V2),), id="a successor"),
+        pytest.param(
+            actual(models=SERVING_V1), desired(V1), (Fetch(sat(V1)),), id="served, not yet verified in this life"
+        ),
+        pytest.param(actual(models=SERVING_V1, verified=needs(V1)), desired(V2), (Fetch(sat(V2)),), id="a successor"),
         pytest.param(
             actual(models={"m": on_board(V2)}, verified=needs(V1) | needs(V2), proofs=PROVEN),
             desired(BACK),
-            (Activate(BACK),),
+            (Activate(sat(BACK)),),
             id="a rollback moves a pointer",
         ),
         pytest.param(
             actual(verified=needs(V2), proofs=PROVEN),
             desired(GOLDEN),
-            (Fetch(GOLDEN),),
+            (Fetch(sat(GOLDEN)),),
             id="its golden file is missing",
         ),
         pytest.param(
-            actual(verified=needs(GOLDEN), proofs=PROVEN), desired(GOLDEN), (Trial(GOLDEN),), id="other golden outputs"
+            actual(verified=needs(GOLDEN), proofs=PROVEN),
+            desired(GOLDEN),
+            (Trial(sat(GOLDEN)),),
+            id="other golden outputs",
         ),
         pytest.param(
             actual(verified=needs(V1), proofs=frozenset({proof_of(V1, "onnxruntime 0")})),
             desired(V1),
-            (Trial(V1),),
+            (Trial(sat(V1)),),
             id="proven on another runtime",
         ),
-        pytest.param(actual(), desired(FORWARDED), (Forward(FORWARDED),), id="placed at the origin"),
+        pytest.param(actual(), desired(FORWARDED), (Forward(sat(FORWARDED)),), id="placed at the origin"),
         pytest.param(actual(models={"m": on_board(FORWARDED)}), desired(FORWARDED), (), id="forwarded already"),
-        pytest.param(actual(busy=frozenset({"m"})), desired(V1), (), id="a step under way"),
+        pytest.param(actual(busy=frozenset({V1.digest})), desired(V1), (), id="a step under way"),
         pytest.param(actual(models=SERVING_V1), desired(retired=frozenset({"m"})), (Retire("m"),), id="retired"),
         pytest.param(actual(), desired(retired=frozenset({"m"})), (), id="retired and gone"),
         pytest.param(actual(models=SERVING_V1), desired(), (), id="the log was made again: unknown serves on"),
@@ -139,13 +149,13 @@ PROVEN = frozenset({proof_of(V1, RUNTIME), proof_of(V2, RUNTIME)})
         pytest.param(
             actual(failures={"m": Failure(wanted=V1, phase="download", cause="x", retry_at_ms=NOW)}),
             desired(V1),
-            (Fetch(V1),),
+            (Fetch(sat(V1)),),
             id="its pause is over",
         ),
         pytest.param(
             actual(failures={"m": Failure(wanted=V1, phase="verify", cause="x")}),
             desired(V2),
-            (Fetch(V2),),
+            (Fetch(sat(V2)),),
             id="another release after a refused one",
         ),
     ],
@@ -164,7 +174,7 @@ def test_the_least_recently_used_go_first_and_what_is_needed_stays() -> None:
     have = actual(
         models={"m": on_board(active)},
         verified=needs(active) | needs(following),
-        busy=frozenset({"m"}),
+        busy=frozenset({V1.digest, V2.digest}),
         previous={"m": frozenset({before})},
         stored=tuple(
             stored(digest, 100, used)
@@ -185,11 +195,13 @@ def test_a_disk_without_room_for_what_is_wanted_gives_up_the_oldest_first() -> N
         stored=(stored(newer, 6, 2), stored(V1.digest, 10, 0), stored(old, 6, 1)),
         free_bytes=4,
     )
-    assert plan(have, desired(V2)) == (Collect((f"{old}.onnx",)), Fetch(V2)), "10 bytes are wanted, 4 are free"
+    assert plan(have, desired(V2)) == (Collect((f"{old}.onnx",)), Fetch(sat(V2))), "10 bytes are wanted, 4 are free"
     assert plan(msgspec.structs.replace(have, free_bytes=-1), desired(V2))[0] == Collect(
         (f"{old}.onnx", f"{newer}.onnx")
     )
-    assert plan(msgspec.structs.replace(have, begun={V2.digest: 10}), desired(V2)) == (Fetch(V2),), "its room is taken"
+    assert plan(msgspec.structs.replace(have, begun={V2.digest: 10}), desired(V2)) == (Fetch(sat(V2)),), (
+        "its room is taken"
+    )
     short = msgspec.structs.replace(have, begun={V2.digest: 5})
     assert plan(short, desired(V2))[0] == Collect((f"{old}.onnx",)), "5 more are wanted"
     assert plan(msgspec.structs.replace(have, free_bytes=-9), desired(V1)) == (), "a full disk alone empties nothing"
@@ -200,9 +212,9 @@ def test_what_a_rollback_would_go_back_to_is_known_from_the_log() -> None:
     v1, v2, v3 = (wanted(sequence=n, digest=n, golden=n == 2) for n in (1, 2, 3))
     brought = {w.digest: w.released for w in (v1, v2, v3)}
     state = msgspec.structs.replace(
-        Releases.initial(()), models={"m": ModelHistory(sequence=3, brought=brought, wanted=v3)}
+        Releases.initial(()), models={"m": ModelHistory(sequence=3, brought=brought, stable=v3)}
     )
-    want = Desired.of(state)
+    want = Desired.of(state, "r")
     assert want.previous == {"m": needs(v2)}
     have = actual(
         models={"m": on_board(v3)},
@@ -211,8 +223,8 @@ def test_what_a_rollback_would_go_back_to_is_known_from_the_log() -> None:
         disk_bytes=0,
     )
     assert plan(have, want) == (Collect((f"{v1.digest}.onnx",)),)
-    only = msgspec.structs.replace(state, models={"m": ModelHistory(sequence=1, brought={}, wanted=v1)})
-    assert Desired.of(only).previous == {"m": frozenset()}
+    only = msgspec.structs.replace(state, models={"m": ModelHistory(sequence=1, brought={}, stable=v1)})
+    assert Desired.of(only, "r").previous == {"m": frozenset()}
 
 
 def test_one_report_a_release_and_cause_and_pauses_that_double() -> None:
@@ -269,21 +281,21 @@ class World:
 
     def do(self, step: Step) -> None:
         match step:
-            case Fetch(wanted=w):
+            case Fetch(seated=Seated(wanted=w)):
                 if w.digest not in self.on_disk:
                     self.downloads.append(w.digest)
                 self.on_disk |= needs(w)
                 self.verified |= needs(w)
-            case Trial(wanted=w):
+            case Trial(seated=Seated(wanted=w)):
                 assert needs(w) <= self.verified, "nothing unverified is tried"
                 self.proofs.add(proof_of(w, RUNTIME))
-            case Activate(wanted=w):
+            case Activate(seated=Seated(wanted=w)):
                 assert needs(w) <= self.verified, "nothing unverified is activated"
                 assert proof_of(w, RUNTIME) in self.proofs, "nothing untried is activated"
                 self.models[w.model] = on_board(w)
-            case Forward(wanted=w):
+            case Forward(seated=Seated(wanted=w)):
                 self.models[w.model] = on_board(w)
-            case Retire(model=name):
+            case Retire(seat=name):
                 del self.models[name]
             case Collect():
                 raise AssertionError("the disk is large")
@@ -321,7 +333,7 @@ RELEASES = st.builds(
     placement=st.sampled_from([Placement.EDGE, Placement.AUTO, Placement.ORIGIN]),
 )
 LOGS = st.builds(
-    lambda wants, gone: Desired(wanted={w.model: w for w in wants if w.model not in gone}, retired=frozenset(gone)),
+    lambda wants, gone: desired(*(w for w in wants if w.model not in gone), retired=frozenset(gone)),
     st.lists(RELEASES, max_size=5),
     st.sets(st.sampled_from(["a", "b", "c"])),
 )
@@ -333,7 +345,7 @@ def test_whatever_was_cut_short_the_next_plans_come_to_the_same_end(logs: list[t
     """A crash after any number of steps of each log; between crashes a model that was served is always served."""
     world = World()
     for want, steps in logs:
-        served = world.models.keys() - want.retired
+        served = world.models.keys() - (want.known - want.seats.keys())
         for _ in range(steps):
             todo = plan(world.actual(), want)
             if not todo:
@@ -343,5 +355,5 @@ def test_whatever_was_cut_short_the_next_plans_come_to_the_same_end(logs: list[t
         world.crash()
     last = logs[-1][0]
     world.settle(last)
-    assert {m: b.wanted for m, b in world.models.items() if m in last.wanted} == last.wanted
-    assert not world.models.keys() & last.retired
+    assert {m: sat(b.wanted) for m, b in world.models.items() if m in last.seats} == last.seats
+    assert not world.models.keys() & (last.known - last.seats.keys())

@@ -68,7 +68,7 @@ from schemas.events import (
 from schemas.names import Scope, ScopeKind, golden_object_key, model_object_key
 from schemas.topics import FLEET, INVALIDATIONS, RELEASES
 from streams.artifacts import ArtifactStore, FetchOptions, describe
-from streams.folds.releases import Wanted
+from streams.folds.wanted import Seated, Wanted
 from streams.log.keys import load_private
 from streams.log.local import LocalLog
 from streams.log.producer import KafkaAppender
@@ -278,7 +278,7 @@ def test_a_release_an_invalidation_a_rollback_and_a_retirement(publisher: Publis
         assert (node.directory / told.golden_path).read_bytes() == golden.read_bytes()
         assert told.ms.keys() >= {"download", "verify", "trial"}
         assert node.reader.fence.caught_up
-        assert node.board().desired[model].released == first
+        assert node.board().desired[model].wanted.released == first
 
         publisher.release(model, models.mlp_bytes(2))
         until(lambda: node.serves(model, 2))
@@ -779,7 +779,7 @@ def test_a_storm_of_releases_is_fetched_a_few_at_a_time(tmp_path: Path) -> None:
     wants = {f"m{i}": a_wanted(f"m{i}") for i in range(20)}
     hand, desk = drive(
         tmp_path,
-        lambda _, desk: desk.desired.append(Desired(wanted=wants)),
+        lambda _, desk: desk.desired.append(Desired(seats={name: Seated(wanted=w) for name, w in wants.items()})),
         lambda file: file.models.keys() == wants.keys(),
     )
     assert hand.most == 2
@@ -792,7 +792,7 @@ def test_a_storm_of_releases_is_fetched_a_few_at_a_time(tmp_path: Path) -> None:
 def test_a_store_that_is_away_is_asked_again_and_complained_of_once(tmp_path: Path) -> None:
     def away(hand: Hand, desk: Desk) -> None:
         hand.away = 2
-        desk.desired.append(Desired(wanted={"m": a_wanted("m")}))
+        desk.desired.append(Desired(seats={"m": Seated(wanted=a_wanted("m"))}))
 
     began = time.monotonic()
     hand, desk = drive(tmp_path, away, lambda file: "m" in file.models)

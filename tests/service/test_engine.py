@@ -22,7 +22,7 @@ from inference.packed import unpack
 from schemas.errors import BadTensor, DeadlineExceeded, MlcdnError, NotReady, Overloaded
 from schemas.events import Artifact, Batching, Limits, ModelReleased, Tensor
 from schemas.names import model_object_key
-from streams.folds.releases import Wanted
+from streams.folds.wanted import Wanted
 from tests import models
 
 TABLE = np.arange(20, dtype=np.float32).reshape(10, 2)

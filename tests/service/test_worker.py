@@ -50,7 +50,8 @@ from schemas.events import (
 from schemas.names import Scope, ScopeKind, model_object_key
 from schemas.settings import Settings
 from streams.folds.invalidations import Purge
-from streams.folds.releases import Wanted, desired_digest
+from streams.folds.releases import desired_digest
+from streams.folds.wanted import Seated, Wanted
 from streams.log.local import LocalLog
 from tests import models
 
@@ -133,7 +134,7 @@ class Node:
             replace(
                 file_before,
                 models=file_before.models | {model: entry},
-                desired=file_before.desired | {model: wanted},
+                desired=file_before.desired | {model: Seated(wanted=wanted)},
                 positions={"mlcdn.releases": self.sequence, "mlcdn.invalidations": self.purged},
             )
         )
@@ -143,7 +144,7 @@ class Node:
         file = self.writer.file
         assert file is not None
         without = {n: m for n, m in file.models.items() if n != model}
-        self.writer.publish(replace(file, models=without, desired={n: m.wanted for n, m in without.items()}))
+        self.writer.publish(replace(file, models=without, desired={n: Seated(wanted=m.wanted) for n, m in without.items()}))
 
     def purge(self, *scopes: Scope, soft: bool = False) -> None:
         self.purged += 1
