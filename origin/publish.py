@@ -1,8 +1,8 @@
 """Publishing: a file becomes an artifact, an artifact becomes a signed release that the log took.
 
 A release, numbered as the code is marked:
- 1. the file is tried in a limited child, its golden test included, and the event is made: what cannot be released leaves
-    nothing behind;
+ 1. the file is tried in a limited child, its golden test included, the event is made, and its inputs and outputs are
+    held against those served now: what cannot be released leaves nothing behind;
  2. the artifact (and the golden file) are uploaded, read back and verified;
  3. the log is read and folded, and the next sequence chosen;
  4. the signed event is appended;
@@ -17,85 +17,43 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import replace
 from typing import Final
 
 import msgspec
 
-from inference.datatypes import TensorSpec
-from inference.golden import ATOL, RTOL
 from inference.trial import run_trial
 from inference.trial_report import TrialReport
+from origin import signature
+from origin.release_request import Published, ReleaseEvent, ReleaseRequest, published, released
+from origin.signature import Change, SignatureChanged
 from schemas import names
 from schemas.errors import BadInput, Conflict, EventRefused, ModelRefused, NotFound, Refusal
 from schemas.events import (
     Artifact,
-    Batching,
-    CachePolicy,
     Golden,
-    Limits,
     ModelReleased,
     ModelRetired,
     ModelRolledBack,
-    Placement,
-    Tensor,
 )
 from schemas.topics import RELEASES
 from streams.artifacts import ArtifactStore, describe
 from streams.folds import releases
 from streams.folds.releases import Releases
 from streams.log.record import LogReader
-from streams.log.writer import Appended, Writer, wall_clock_ms
+from streams.log.writer import Writer, wall_clock_ms
+
+__all__ = ["Published", "Publisher", "ReleaseRequest", "SignatureChanged"]
 
 TRIES: Final = 8
 GOLDEN_MAX_BYTES: Final = 64 * 2**20
 LOST_RACE: Final = (Refusal.SEQUENCE_NOT_HIGHER, Refusal.SEQUENCE_CONFLICT)
-ReleaseEvent = ModelReleased | ModelRolledBack | ModelRetired
 Progress = Callable[[str, int, int], None]
 """What, how much of it, out of how much; bytes."""
 
 
 def _silent(_what: str, _done: int, _total: int) -> None:
     """No progress is shown."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReleaseRequest:
-    """What to release. `version` defaults to the first 12 characters of the digest; `golden` is an ``.npz`` file."""
-
-    model: str
-    path: Path
-    version: str | None = None
-    golden: Path | None = None
-    rtol: float = RTOL
-    atol: float = ATOL
-    placement: Placement = Placement.EDGE
-    cache: CachePolicy = field(default_factory=CachePolicy)
-    limits: Limits = field(default_factory=Limits)
-    max_batch: int = 64
-    author: str
-    reason: str = ""
-
-    def __post_init__(self) -> None:
-        names.name(self.model, "model")
-        names.label(self.author, "author")
-        names.text(self.reason, "reason")
-        if self.version is not None:
-            names.label(self.version, "version")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Published:
-    """The log took it. `position` is the event's offset, `appended_ms` the broker's time of it."""
-
-    model: str
-    version: str
-    sequence: int
-    digest: str
-    event_id: str
-    position: int
-    appended_ms: int
 
 
 class Publisher:
@@ -105,18 +63,32 @@ class Publisher:
         self._store, self._writer, self._reader, self._roots = store, writer, reader, roots
 
     async def publish(self, request: ReleaseRequest, progress: Progress = _silent) -> Published:
-        """`ModelRefused` when the artifact must not be served, with nothing uploaded; `Conflict` when races were lost."""
+        """Tries, uploads and releases; returns once the log took the event, which is before any node serves it.
+
+        `progress` is called, from another thread, with what is done, how many bytes of it, out of how many. Nothing is
+        uploaded on `BadInput` (a value or file that cannot be used), `ModelRefused` (the artifact must not be served, fails
+        its golden test, or the golden file is none) and `SignatureChanged` (a `Conflict`). `Conflict` also when races
+        were lost or the key may not release this; `Unreachable` names the part that is away, and publishing again is
+        safe.
+        """
         artifact = await asyncio.to_thread(
             describe, request.path, lambda digest: names.model_object_key(request.model, digest),
         )  # fmt: skip
         proof = await asyncio.to_thread(_read_golden, request)
         report = await asyncio.to_thread(self._try, request, artifact)  # 1
         template = released(request, artifact, report, None if proof is None else proof[0])
+        state, _ = await asyncio.to_thread(self._fold_on, Releases.initial(self._roots), None)
+        changes = _compared(request, template, state)
         await self._upload(request, artifact, proof, progress)  # 2
-        return await self._append(
-            request.model,
-            lambda sequence, _: msgspec.structs.replace(template, sequence=sequence, created_at_ms=wall_clock_ms()),
-        )
+
+        def event(sequence: int, state: Releases) -> ModelReleased:
+            nonlocal changes
+            # Again: what is served may be another version than before the upload, or before a lost race.
+            changes = _compared(request, template, state)
+            return msgspec.structs.replace(template, sequence=sequence, created_at_ms=wall_clock_ms())
+
+        done = await self._append(request.model, event, state)
+        return replace(done, trial=report, changes=changes)
 
     async def rollback(self, model: str, to_version: str | None, *, author: str, reason: str) -> Published:
         """Back to the artifact of `to_version`, or of the release before the one that is wanted now."""
@@ -141,7 +113,7 @@ class Publisher:
     async def retire(self, model: str, *, author: str, reason: str) -> Published:
         def event(sequence: int, state: Releases) -> ModelRetired:
             history = state.models.get(model)
-            if history is None or history.wanted is None:
+            if history is None or history.retired:
                 raise NotFound(f"no model {model} is served")
             return ModelRetired(model=model, sequence=sequence, author=author, reason=reason)
 
@@ -168,8 +140,10 @@ class Publisher:
             golden, data = proof
             await asyncio.to_thread(self._store.put_bytes, golden.object_key, data)
 
-    async def _append(self, model: str, make: Callable[[int, Releases], ReleaseEvent]) -> Published:
-        state = Releases.initial(self._roots)
+    async def _append(
+        self, model: str, make: Callable[[int, Releases], ReleaseEvent], known: Releases | None = None
+    ) -> Published:
+        state = Releases.initial(self._roots) if known is None else known
         for _ in range(TRIES):
             state, _ = await asyncio.to_thread(self._fold_on, state, None)  # 3
             history = state.models.get(model)
@@ -180,7 +154,7 @@ class Publisher:
             if state.position != position:
                 raise Conflict(f"position {position} is not in the log that acknowledged it: was the topic made again?")
             if refused is None:
-                return _published(event, appended)
+                return published(event, appended)
             if refused.refusal not in LOST_RACE:
                 raise Conflict(f"the log holds the event at position {position}, refused: {refused}")
         raise Conflict(f"{TRIES} times another release of {model} came first")
@@ -209,44 +183,20 @@ def _read_golden(request: ReleaseRequest) -> tuple[Golden, bytes] | None:
     return Golden(object_key=key, sha256=digest, rtol=request.rtol, atol=request.atol), data
 
 
-def released(request: ReleaseRequest, artifact: Artifact, report: TrialReport, golden: Golden | None) -> ModelReleased:
-    """The event but for its sequence. `BadInput` if it cannot be one."""
-    return ModelReleased(
-        model=request.model,
-        version=request.version or artifact.sha256[:12],
-        sequence=1,
-        artifact=artifact,
-        inputs=_tensors(report.inputs),
-        outputs=_tensors(report.outputs),
-        placement=request.placement,
-        memory_bytes=report.model_rss_bytes,
-        cache=request.cache,
-        batching=Batching(batchable=report.batchable, max_size=request.max_batch),
-        limits=request.limits,
-        golden=golden,
-        created_at_ms=wall_clock_ms(),
-        author=request.author,
-        reason=request.reason,
-    )
-
-
-def _published(event: ReleaseEvent, appended: Appended) -> Published:
-    match event:
-        case ModelReleased():
-            version, digest = event.version, event.artifact.sha256
-        case ModelRolledBack():
-            version, digest = event.version, event.to_digest
-        case ModelRetired():
-            version, digest = "", ""
-    return Published(
-        model=event.model,
-        version=version,
-        sequence=event.sequence,
-        digest=digest,
-        event_id=appended.id,
-        position=appended.record.offset,
-        appended_ms=appended.record.timestamp_ms,
-    )
+def _compared(request: ReleaseRequest, event: ModelReleased, state: Releases) -> tuple[Change, ...]:
+    """What clients of the version served now can trip over; `SignatureChanged` unless that is allowed."""
+    history = state.models.get(request.model)
+    if history is None:
+        return ()
+    on_its_way = history.rollout.wanted if history.rollout is not None and not history.rollout.returned else None
+    live = history.stable or on_its_way
+    if live is None or live.digest == event.digest:
+        return ()
+    old = live.released
+    found = signature.changes(old.inputs, old.outputs, event.inputs, event.outputs)
+    if found and not request.allow_signature_change:
+        raise SignatureChanged(request.model, live.version, found)
+    return found
 
 
 def _rollback_target(state: Releases, model: str, to_version: str | None) -> ModelReleased:
@@ -259,17 +209,13 @@ def _rollback_target(state: Releases, model: str, to_version: str | None) -> Mod
             known = ", ".join(sorted({r.version for r in history.brought.values()}))
             raise NotFound(f"no release of {model} carries the version {to_version!r}; there are {known}")
         return found
-    if history.wanted is None:
+    rollout = history.rollout
+    now = rollout.wanted if rollout is not None and not rollout.returned else history.stable
+    if now is None:
         raise Conflict(f"{model} is retired, so nothing is before what is served: say which version")
-    now = history.wanted.released.sequence
-    earlier = [r for r in history.brought.values() if r.sequence < now]
+    if rollout is not None and now is rollout.wanted and rollout.before is not None:
+        return rollout.before.released
+    earlier = [r for r in history.brought.values() if r.sequence < now.released.sequence]
     if not earlier:
         raise NotFound(f"{model} has no release before the one that is served")
     return max(earlier, key=lambda r: r.sequence)
-
-
-def _tensors(specs: tuple[TensorSpec, ...]) -> tuple[Tensor, ...]:
-    return tuple(
-        Tensor(name=s.name, datatype=s.datatype, shape=tuple(s.shape), labels=tuple(map(str, s.labels or ())))
-        for s in specs
-    )

@@ -87,8 +87,8 @@ def test_the_same_bytes_twice_are_one_artifact_and_two_releases(desk: Desk, file
     assert first.digest == second.digest
     assert second.sequence == first.sequence + 1
     state, _ = fold_releases(desk.reader, desk.roots, At())
-    assert state.models["twice"].wanted is not None
-    assert state.models["twice"].wanted.version == "b"
+    assert state.models["twice"].stable is not None
+    assert state.models["twice"].stable.version == "b"
     assert len(state.models["twice"].brought) == 1
 
 
@@ -126,8 +126,8 @@ def test_two_publishers_at_once_both_land(desk: Desk, tmp_path: Path) -> None:
     published = desk.run(race)
     assert sorted(p.sequence for p in published) == [1, 2, 3]
     state, _ = fold_releases(desk.reader, desk.roots, At())
-    assert state.models["raced"].wanted is not None
-    assert state.models["raced"].wanted.digest == max(published, key=lambda p: p.sequence).digest
+    assert state.models["raced"].stable is not None
+    assert state.models["raced"].stable.digest == max(published, key=lambda p: p.sequence).digest
 
 
 def test_rollback_goes_to_the_release_before_or_to_a_named_one(desk: Desk, tmp_path: Path) -> None:
