@@ -1,25 +1,32 @@
 """Replay: the state of things at a time or a position, from the log alone.
 
-Laws: several partitions merge by (broker timestamp, partition, offset), so a replay has one order; the same log always
-gives the same state digest; nothing is written and no group is joined.
+Laws: several partitions merge into one order (`streams.audit.order`), so a replay has one; the same log always gives
+the same state digest; nothing is written and no group is joined; of the fleet only what was last said is held.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator
+from functools import partial
 
 import msgspec
 
 from schemas.topics import FLEET
-from streams.audit.control import At, fold_invalidations, fold_releases
-from streams.folds import fleet, invalidations, releases
+from streams.audit.control import At, Decision, Decisions, fold_invalidations, fold_releases
+from streams.audit.fleet_at import FleetAt, fleet_at
+from streams.audit.order import merged
+from streams.folds import invalidations, releases
 from streams.folds.fleet import Fleet
-from streams.log.record import LogReader, Record
+from streams.folds.wanted import Seated
+from streams.log.record import LogReader
 
 
 class Served(msgspec.Struct, frozen=True, kw_only=True):
-    """What one worker last said of one model before the moment."""
+    """What one worker last said of one model before the moment, in the event `said_by`: a beat, or a swap since.
+
+    `decided_by` is None where no record that acted has the sequence, or the worker names none. `left`: it had said
+    good-bye.
+    """
 
     region: str
     node: str
@@ -28,12 +35,16 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     digest: str
     sequence: int
+    channel: str
     state: str
+    left: bool
     said_at_ms: int
+    said_by: str
+    decided_by: Decision | None = None
 
 
 class StateAt(msgspec.Struct, frozen=True, kw_only=True):
-    """What was told and what was reported, at one moment."""
+    """What was told and what was reported, at one moment. `decisions` are those behind what was told."""
 
     position: int
     timestamp_ms: int | None
@@ -41,35 +52,29 @@ class StateAt(msgspec.Struct, frozen=True, kw_only=True):
     desired_digest: str
     invalidations_position: int
     invalidations_digest: str
-    told: tuple[releases.Wanted, ...]
+    told: tuple[Seated, ...]
+    decisions: tuple[Decision, ...]
     served: tuple[Served, ...]
 
 
-def merged(reader: LogReader, topic: str, *, until_ms: int | None = None) -> Iterator[Record]:
-    """All records of a topic in the one order: (broker timestamp, partition, offset)."""
-    streams = [reader.read(topic, p) for p in range(reader.partitions(topic))]
-    for record in heapq.merge(*streams, key=lambda r: (r.timestamp_ms, r.partition, r.offset)):
-        if until_ms is None or record.timestamp_ms <= until_ms:
-            yield record
-
-
 def fold_fleet(reader: LogReader, until_ms: int | None) -> Fleet:
-    state = Fleet()
-    for record in merged(reader, FLEET.name, until_ms=until_ms):
-        state = fleet.fold(state, record).state
-    return state
+    """The workers as their last beats up to a broker time say, without rhythms and reports."""
+    return fleet_at(partial(merged, reader, FLEET.name, until_ms=until_ms)).folded()
 
 
 def state_at(reader: LogReader, roots: tuple[bytes, ...], at: At, region: str | None = None) -> StateAt:
-    """What every region (or one) was told to serve, and what its workers said they served.
+    """What every region (or one) was told to serve, what its workers said they served, and who decided it.
 
     At a position, the moment is that of the record there, so the other topics are read up to its broker time.
     """
-    told, last_ms = fold_releases(reader, roots, at)
-    until_ms = at.timestamp_ms if at.timestamp_ms is not None else last_ms if at.position is not None else None
+    until_ms = at.time(reader)
+    reported = fleet_at(partial(merged, reader, FLEET.name, until_ms=until_ms))
+    served = sorted(_served(reported, region), key=lambda s: (s.region, s.node, s.worker, s.model, s.channel))
+    decisions = Decisions(frozenset((s.model, s.sequence) for s in served))
+    told, _ = fold_releases(reader, roots, at, decisions.take)
     purges, purged = fold_invalidations(reader, roots, until_ms)
-    reported = fold_fleet(reader, until_ms)
-    wanted = releases.desired(told)
+    wanted = releases.desired(told, region)
+    behind = [decisions.get(seated.wanted.model, seated.wanted.sequence) for seated in wanted.values()]
     return StateAt(
         position=told.position,
         timestamp_ms=until_ms,
@@ -78,16 +83,21 @@ def state_at(reader: LogReader, roots: tuple[bytes, ...], at: At, region: str | 
         invalidations_position=purges.position,
         invalidations_digest=invalidations.state_digest(purges, purged),
         told=tuple(wanted.values()),
-        served=tuple(_served(reported, region)),
+        decisions=tuple(decision for decision in behind if decision is not None),
+        served=tuple(msgspec.structs.replace(s, decided_by=decisions.get(s.model, s.sequence)) for s in served),
     )
 
 
-def _served(reported: Fleet, region: str | None) -> Iterator[Served]:
-    for worker in sorted(reported.workers.values(), key=lambda w: (w.beat.region, w.beat.node, w.beat.worker)):
+def _served(reported: FleetAt, region: str | None) -> Iterator[Served]:
+    swaps = dict(reported.unheard)
+    for at, worker in reported.workers.items():
         beat = worker.beat
+        swaps |= {(*at, *key): swap for key, swap in worker.swaps.items()}
         if region is not None and beat.region != region:
             continue
         for model in beat.models:
+            if (*at, model.name, model.channel) in swaps:
+                continue
             yield Served(
                 region=beat.region,
                 node=beat.node,
@@ -96,6 +106,28 @@ def _served(reported: Fleet, region: str | None) -> Iterator[Served]:
                 version=model.version,
                 digest=model.digest,
                 sequence=model.sequence,
+                channel=model.channel,
                 state=model.state,
-                said_at_ms=worker.received_ms,
+                left=worker.left,
+                said_at_ms=worker.record.timestamp_ms,
+                said_by=worker.id,
             )
+    for (node, number, *_), swap in swaps.items():
+        event = swap.event
+        if region is not None and event.region != region:
+            continue
+        worker_ = reported.workers.get((node, number))
+        yield Served(
+            region=event.region,
+            node=node,
+            worker=number,
+            model=event.model,
+            version=event.version,
+            digest=event.digest,
+            sequence=event.sequence,
+            channel=event.channel,
+            state="live",
+            left=worker_.left if worker_ is not None else False,
+            said_at_ms=swap.received_ms,
+            said_by=swap.id,
+        )

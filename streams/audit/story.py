@@ -1,40 +1,50 @@
 """Story: what happened to a model, or because of one event, as one timeline with causes.
 
+A record that is not of the story is forgotten as it passes. What it named as its cause leaves a mark in a map of fixed
+size, so that a cause which is found later than its effect is noticed, and the log read once more.
+
 Laws: a line names its event's id and the id of its cause, so any line can be asked for in turn; the order is the log's
-(broker timestamp, topic, partition, offset); the same log gives the same bytes.
+(broker timestamp, topic, partition, offset); the same log gives the same bytes; memory grows with the story, never with
+the log; a beat is decoded only where it was asked for by its id.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from typing import Final
+from zlib import crc32
 
 import msgspec
 
 from schemas import codec
 from schemas.codec import Envelope
-from schemas.errors import EventRefused, NotFound
+from schemas.errors import BadInput, EventRefused, NotFound
 from schemas.events import (
     ArtifactRejected,
     CacheInvalidated,
-    Event,
-    EventRejected,
-    InvalidationApplied,
-    LogCheckpoint,
     ModelReleased,
     ModelRetired,
     ModelRolledBack,
     ModelSwapped,
-    NodeLeft,
+    RolloutEvent,
+    ShadowCompared,
     SwapFailed,
-    TrustChanged,
 )
 from schemas.names import ScopeKind
 from schemas.topics import FLEET, INVALIDATIONS, RELEASES
+from streams.audit.control import At, fold_releases
+from streams.audit.order import merged
+from streams.audit.words import describe
 from streams.folds import invalidations, releases
 from streams.folds.invalidations import Invalidations
 from streams.folds.releases import Releases
 from streams.log.record import LogReader, Record
+
+_BEAT: Final = ("ce_type", codec.LATEST["NodeBeat"].ce_type.encode())
+_POSITIONS: Final = re.compile(r"(-1|\d+)/(-1|\d+)")
+_MARKS: Final = 1 << 23
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +59,8 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     cause: str | None
     source: str
     what: str
+    author: str = ""
+    reason: str = ""
     refused: str = ""
 
     @property
@@ -57,53 +69,172 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
         return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def story(reader: LogReader, roots: tuple[bytes, ...], what: str) -> list[Line]:
-    """The timeline of a model, of an event (by its id), or of an artifact (by its digest); `NotFound` when there is none.
+class _Told(msgspec.Struct, frozen=True):
+    """A record as the log's readers judge it."""
 
-    An event's story is the event, all that names it as its cause, directly or through others, and the event it names
-    itself. Beats are left out: they say that nothing happened.
+    record: Record
+    envelope: Envelope | None
+    refused: EventRefused | None
+
+
+def story(reader: LogReader, roots: tuple[bytes, ...], what: str, model: str | None = None) -> list[Line]:
+    """The timeline of a model, an event (by its id), an artifact (by its digest), or of what was in force at positions of
+    releases and invalidations (``12/34``, as in an answer's ``mlcdn-position``); `NotFound` when there is none.
+
+    A model's, digest's or position's story is all that concerns it, and all that names that as its cause, directly or
+    through others. An event's is the event, all that names it as its cause, and the event it names itself. `model` leaves
+    what positions had in force of other models out. Beats, and comparisons in which nothing differed, are left
+    out: they say that nothing happened.
     """
-    told = list(_all(reader, roots))
-    by_id = {line.id: line for line, _ in told}
-    if what in by_id:
-        picked = _because_of(what, [line for line, _ in told])
-    else:
-        picked = [line for line, event in told if event is not None and _concerns(event, what)]
-        ids = {line.id for line in picked}
-        picked += [line for line, _ in told if line.cause in ids and line.id not in ids]
-    if not picked:
+    if not what:
+        raise BadInput("a story is of a model, an event id, a digest, or positions such as 12/34")
+    picking = _of_positions(reader, roots, what, model) or _Picking(what)
+    again = True
+    while again:
+        again = picking.read(_all(reader, roots, what))
+    if not picking.lines:
         raise NotFound(f"the log says nothing of {what!r}: no model, event id or digest of that name")
-    return sorted(picked, key=lambda line: (line.timestamp_ms, line.topic, line.partition, line.position))
+    return [picking.lines[place] for place in sorted(picking.lines)]
 
 
-def _all(reader: LogReader, roots: tuple[bytes, ...]) -> Iterator[tuple[Line, Event | None]]:
+class _Picking:
+    """What belongs to the story so far. `family` are ids whose effects belong to it too, `kin` ids that do themselves."""
+
+    def __init__(self, what: str, family: frozenset[str] = frozenset(), purge_until: int | None = None) -> None:
+        self.what = what
+        self.family, self.kin = set(family), set(family)
+        self.releases: set[tuple[str, int]] = set()
+        self.brought: set[tuple[str, int]] = set()
+        self.lines: dict[tuple[int, str, int, int], Line] = {}
+        self._purge_until = purge_until
+        self._passed: set[str] = set()
+        self._again = False
+
+    def read(self, log: Iterator[_Told]) -> bool:
+        """Reads the log once; True if something found belongs together with something that had passed already."""
+        self._causes, self._ids = bytearray(_MARKS // 8), bytearray(_MARKS // 8)
+        looked_for, self._passed = self._passed, set()
+        only_kin = bool(looked_for) and not self._again
+        self._again = False
+        purge: _Told | None = None
+        for told in log:
+            if told.record.topic == FLEET.name and only_kin and not looked_for:
+                # All that was missing is what an effect named as its cause, and that was signed.
+                break
+            if purge is not None and (told.record.topic != INVALIDATIONS.name or self._is_later(told.record)):
+                self._take(purge)
+                purge = None
+            if self._purge_until is not None and _is_purge(told) and not self._is_later(told.record):
+                purge = told
+            said = dict(told.record.headers)
+            id_, cause = (_text(said.get(name)) for name in ("ce_id", "ce_causationid"))
+            if id_ == self.what:
+                if cause not in self.kin and _marked(self._ids, cause):
+                    self._passed.add(cause)
+                self.kin.add(cause)
+                self._grow(id_)
+                self._take(told)
+            elif (cause and cause in self.family) or self._concerns(told):
+                self._grow(id_)
+                self._take(told)
+            elif id_ and id_ in self.kin:
+                self._take(told)
+                looked_for.discard(id_)
+            else:
+                _mark(self._causes, cause)
+                _mark(self._ids, id_)
+        if purge is not None:
+            self._take(purge)
+        return self._again or bool(self._passed)
+
+    def _grow(self, id_: str) -> None:
+        """The id's effects belong to the story; one may have passed already."""
+        if id_ and id_ not in self.family:
+            self.family.add(id_)
+            self._again = self._again or _marked(self._causes, id_)
+
+    def _take(self, told: _Told) -> None:
+        record = told.record
+        self.lines[(record.timestamp_ms, record.topic, record.partition, record.offset)] = _line(told)
+        if self._purge_until is not None and _is_purge(told) and told.envelope is not None:
+            self._grow(told.envelope.id)
+
+    def _is_later(self, record: Record) -> bool:
+        return self._purge_until is not None and record.offset > self._purge_until
+
+    def _concerns(self, told: _Told) -> bool:
+        event = told.envelope.event if told.envelope is not None else None
+        match event:
+            case ModelReleased():
+                if (event.model, event.sequence) in self.brought:
+                    return True
+                found = self.what in (event.model, event.digest, event.artifact.sha256)
+                if found:
+                    self.releases.add((event.model, event.sequence))
+                return found
+            case ModelRolledBack():
+                return self.what in (event.model, event.to_digest)
+            case ModelRetired():
+                return self.what == event.model
+            case RolloutEvent():
+                return self.what == event.model or (event.model, event.sequence) in self.releases
+            case ModelSwapped() | SwapFailed() | ArtifactRejected():
+                return self.what in (event.model, event.digest)
+            case ShadowCompared():
+                of_it = self.what in (event.model, event.candidate_digest)
+                return of_it and bool(event.disagreements or event.failed)
+            case CacheInvalidated():
+                return any(s.kind is ScopeKind.MODEL and s.value == self.what for s in event.scopes)
+            case _:
+                return False
+
+
+def _of_positions(reader: LogReader, roots: tuple[bytes, ...], what: str, model: str | None) -> _Picking | None:
+    """What was in force at positions of both signed topics: every release that could serve, and the last purge."""
+    found = _POSITIONS.fullmatch(what)
+    if found is None:
+        if model is not None:
+            raise BadInput("--model narrows positions such as 12/34, nothing else")
+        return None
+    at, purges = int(found[1]), int(found[2])
+    told = fold_releases(reader, roots, At(position=at))[0] if at >= 0 else Releases.initial(roots)
+    if purges >= (high := reader.watermarks(INVALIDATIONS.name, 0)[1]):
+        raise BadInput(f"position {purges} of {INVALIDATIONS.name} is beyond the log's last, {high - 1}")
+    seats = [s.wanted for s in releases.desired(told, None).values() if model in (None, s.wanted.model)]
+    picking = _Picking(what, frozenset(wanted.cause for wanted in seats), purges)
+    # A rollback says who went back; who brought the artifact, and why, says its release.
+    picking.brought = {(wanted.model, wanted.released.sequence) for wanted in seats}
+    picking.releases = {(wanted.model, wanted.sequence) for wanted in seats}
+    return picking
+
+
+def _all(reader: LogReader, roots: tuple[bytes, ...], what: str) -> Iterator[_Told]:
     told = Releases.initial(roots)
     for record in reader.read(RELEASES.name, 0):
         step = releases.fold(told, record)
         told = step.state
-        yield _line(record, step.envelope, step.refused)
+        yield _Told(record, step.envelope, step.refused)
     purged = Invalidations.initial(roots)
     for record in reader.read(INVALIDATIONS.name, 0):
         step_ = invalidations.fold(purged, record)
         purged = step_.state
-        yield _line(record, step_.envelope, step_.refused)
-    for partition in range(reader.partitions(FLEET.name)):
-        for record in reader.read(FLEET.name, partition):
-            # A beat a second and worker would be nearly all of the topic; its type stands in a header.
-            if dict(record.headers).get("ce_type") == codec.LATEST["NodeBeat"].ce_type.encode():
-                continue
-            try:
-                envelope = codec.decode(record.topic, record.key, record.value, record.headers)
-            except EventRefused as refused:
-                yield _line(record, None, refused)
-            else:
-                yield _line(record, envelope, None)
+        yield _Told(record, step_.envelope, step_.refused)
+    asked = ("ce_id", what.encode())
+    for record in merged(reader, FLEET.name):
+        # A beat a second and worker is nearly all of the topic; its type stands in a header.
+        if _BEAT in record.headers and asked not in record.headers:
+            continue
+        try:
+            yield _Told(record, codec.decode(record.topic, record.key, record.value, record.headers), None)
+        except EventRefused as refused:
+            yield _Told(record, None, refused)
 
 
-def _line(record: Record, envelope: Envelope | None, refused: EventRefused | None) -> tuple[Line, Event | None]:
-    said = {k: (v or b"").decode("ascii", "replace") for k, v in record.headers if k.startswith("ce_")}
-    event = envelope.event if envelope else None
-    line = Line(
+def _line(told: _Told) -> Line:
+    record = told.record
+    said = {k: _text(v) for k, v in record.headers if k.startswith("ce_")}
+    event = told.envelope.event if told.envelope is not None else None
+    return Line(
         timestamp_ms=record.timestamp_ms,
         topic=record.topic,
         partition=record.partition,
@@ -113,79 +244,26 @@ def _line(record: Record, envelope: Envelope | None, refused: EventRefused | Non
         cause=said.get("ce_causationid"),
         source=said.get("ce_source", ""),
         what=describe(event) if event else "did not act",
-        refused=str(refused) if refused else "",
+        author=getattr(event, "author", ""),
+        reason=getattr(event, "reason", ""),
+        refused=str(told.refused) if told.refused else "",
     )
-    return line, event
 
 
-def _because_of(root: str, lines: Iterable[Line]) -> list[Line]:
-    lines = list(lines)
-    chosen = {root}
-    cause = next((line.cause for line in lines if line.id == root), None)
-    grown = True
-    while grown:
-        found = {line.id for line in lines if line.cause in chosen and line.id not in chosen}
-        grown = bool(found)
-        chosen |= found
-    if cause:
-        chosen.add(cause)
-    return [line for line in lines if line.id in chosen]
+def _is_purge(told: _Told) -> bool:
+    return told.envelope is not None and isinstance(told.envelope.event, CacheInvalidated)
 
 
-def _concerns(event: Event, what: str) -> bool:
-    match event:
-        case ModelReleased():
-            return what in (event.model, event.artifact.sha256)
-        case ModelRolledBack():
-            return what in (event.model, event.to_digest)
-        case ModelRetired():
-            return what == event.model
-        case ModelSwapped() | SwapFailed() | ArtifactRejected():
-            return what in (event.model, event.digest)
-        case CacheInvalidated():
-            return any(s.kind is ScopeKind.MODEL and s.value == what for s in event.scopes)
-        case _:
-            return False
+def _text(raw: bytes | None) -> str:
+    return (raw or b"").decode("ascii", "replace")
 
 
-def describe(event: Event) -> str:
-    """One line for a person."""
-    match event:
-        case TrustChanged():
-            granted = ", ".join(
-                f"{g.label} may sign {'/'.join(g.kinds)} for {'/'.join(g.models)}" for g in event.grants
-            )
-            return f"trust: {granted or 'no grants'}; {len(event.revoked)} revoked, by {event.author}: {event.reason}"
-        case ModelReleased():
-            return (
-                f"{event.model} {event.version} released as sequence {event.sequence} by {event.author}"
-                f" ({event.artifact.sha256[:12]}, {event.artifact.size_bytes} bytes): {event.reason}"
-            )
-        case ModelRolledBack():
-            return (
-                f"{event.model} rolled back to {event.version} ({event.to_digest[:12]}) as sequence {event.sequence}"
-                f" by {event.author}: {event.reason}"
-            )
-        case ModelRetired():
-            return f"{event.model} retired as sequence {event.sequence} by {event.author}: {event.reason}"
-        case LogCheckpoint():
-            return f"vouches for everything to position {event.position} ({event.chain_sha256[:12]})"
-        case CacheInvalidated():
-            kind = "softly" if event.soft else "hard"
-            return f"purged {kind} by {event.author}: {', '.join(map(str, event.scopes))}: {event.reason}"
-        case ModelSwapped():
-            phases = ", ".join(f"{k} {v:.0f} ms" for k, v in event.ms.items())
-            return f"{event.node} worker {event.worker} serves {event.model} {event.version} ({phases})"
-        case SwapFailed() | ArtifactRejected():
-            verb = "rejected" if isinstance(event, ArtifactRejected) else "could not take over"
-            return f"{event.node} {verb} {event.model} {event.version} at {event.phase}: {event.cause}"
-        case InvalidationApplied():
-            return f"{event.node} obeys position {event.position} after {event.ms:.0f} ms"
-        case NodeLeft():
-            return f"{event.node} worker {event.worker} left: {event.cause}"
-        case EventRejected():
-            return (
-                f"{event.node} refused {event.topic} {event.partition}/{event.offset}: {event.refusal} {event.detail}"
-            )
-        case _:
-            return event.kind
+def _mark(marks: bytearray, id_: str) -> None:
+    if id_:
+        at = crc32(id_.encode()) % _MARKS
+        marks[at >> 3] |= 1 << (at & 7)
+
+
+def _marked(marks: bytearray, id_: str) -> bool:
+    at = crc32(id_.encode()) % _MARKS
+    return bool(id_) and bool(marks[at >> 3] & 1 << (at & 7))

@@ -98,11 +98,20 @@ class KafkaReader:
                         if error.fatal() or not error.retriable():
                             self._raise_unless_passing(error, topic)
                         continue
-                    record = _record(message)
-                    if record.offset >= stop:
+                    offset = message.offset() or 0
+                    if offset >= stop:
                         return
-                    position = record.offset + 1
-                    yield record
+                    position = offset + 1
+                    # Not _record: a replay makes ten million of them, and topic and partition are known.
+                    yield Record(
+                        topic=topic,
+                        partition=partition,
+                        offset=offset,
+                        timestamp_ms=message.timestamp()[1],
+                        key=message.key(),
+                        value=message.value(),
+                        headers=_headers(message),
+                    )
 
     async def tail(self, starts: Mapping[OurPartition, int]) -> AsyncGenerator[Record]:
         loop = asyncio.get_running_loop()
@@ -178,6 +187,8 @@ class KafkaReader:
                 "isolation.level": "read_uncommitted",
                 "enable.partition.eof": True,
                 "fetch.queue.backoff.ms": 5,
+                # What is fetched ahead of a reader; the default of 64 MiB is one of each partition of a merge.
+                "queued.max.messages.kbytes": 4_096,
                 "fetch.wait.max.ms": 100,
                 "reconnect.backoff.ms": 50,
                 "reconnect.backoff.max.ms": 1_000,
