@@ -51,7 +51,7 @@ $(PEERS_STAMP): requirements/peers.txt
 UV_COMPILE := $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate --no-emit-index-url --python-version 3.11 pyproject.toml
 
 lock: ## requirements/*.txt anew from pyproject.toml (needs uv: pip install uv in .venv)
-	$(UV_COMPILE) --extra demo --group test --group check -o requirements/dev.txt
+	$(UV_COMPILE) --extra demo --extra mlflow --group test --group check -o requirements/dev.txt
 	$(UV_COMPILE) -c requirements/dev.txt -o requirements/client.txt
 	$(UV_COMPILE) -c requirements/dev.txt --extra edge -o requirements/edge.txt
 	$(UV_COMPILE) -c requirements/dev.txt --extra origin --extra streams --extra router --extra cli -o requirements/control.txt

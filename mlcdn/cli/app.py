@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from mlcdn.cli import audit, invalidate, keys, network, release, route, topics
+from mlcdn.cli import audit, invalidate, keys, network, publish, release, route, topics
 from mlcdn.local_stack.errors import StackError
 from processes.supervisor import SupervisorError
 from schemas.errors import BadInput, MlcdnError, SettingsInvalid, Unreachable
@@ -24,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 network.register(app)
+publish.register(app)
 release.register(app)
 invalidate.register(app)
 route.register(app)

@@ -1,94 +1,31 @@
-"""``mlcdn publish, rollback, retire, status``: releases, and what every node made of them."""
+"""``mlcdn rollback, retire, status``: what was released before, and what every node makes of it."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Annotated, Any
 
-import msgspec
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from inference.golden import ATOL, RTOL
-from mlcdn.cli import output
+from mlcdn.cli import output, receipts
 from mlcdn.cli.output import Json
+from mlcdn.cli.receipts import AllowMissing, Reason, Timeout, Wait
 from mlcdn.cli.target import DEFAULT_DIR, Dir, Target
-from origin.publish import Published, Publisher, ReleaseRequest
-from origin.receipts import FleetWatch, NodeOutcome, wait_live
-from schemas.errors import BadInput, NotFound
-from schemas.events import CachePolicy, Placement, ServedModel, TierUse
+from origin.receipts import FleetWatch
+from schemas.errors import NotFound
+from schemas.events import Placement, ServedModel
 from schemas.topics import INVALIDATIONS, RELEASES
-from streams.artifacts import ArtifactStore
 from streams.audit.control import At, fold_releases
 from streams.folds.fleet import Fleet, WorkerState
-from streams.folds.releases import Releases, Wanted
-
-Reason = Annotated[str, typer.Option(help="Why, in a person's words.")]
-Wait = Annotated[
-    bool, typer.Option("--wait", help="Return when every node with a fresh beat serves it; 1 if one does not.")
-]
-Timeout = Annotated[float, typer.Option(help="Longest to wait, seconds.")]
-AllowMissing = Annotated[bool, typer.Option("--allow-missing", help="A node that is away is no failure.")]
+from streams.folds.releases import Releases
+from streams.folds.wanted import Wanted
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(publish)
     app.command()(rollback)
     app.command()(retire)
     app.command()(status)
-
-
-def publish(
-    model: Annotated[str, typer.Argument(help="Model name.")],
-    file: Annotated[Path, typer.Argument(help="ONNX file.")],
-    version: Annotated[str | None, typer.Option(help="Label; default the digest's first 12 characters.")] = None,
-    golden: Annotated[Path | None, typer.Option(help=".npz of inputs and expected outputs.")] = None,
-    rtol: Annotated[float, typer.Option(help="Relative tolerance of the golden test.")] = RTOL,
-    atol: Annotated[float, typer.Option(help="Absolute tolerance of the golden test.")] = ATOL,
-    placement: Annotated[Placement, typer.Option(help="Where it runs.")] = Placement.EDGE,
-    ttl: Annotated[float, typer.Option(help="Seconds that a cached answer is fresh; 0 turns caching off.")] = 300.0,
-    cache_tiers: Annotated[
-        TierUse, typer.Option(help="Redis and disk are asked: auto while they beat the model.")
-    ] = TierUse.AUTO,
-    reason: Reason = "",
-    wait: Wait = False,
-    timeout: Timeout = 60.0,
-    allow_missing: AllowMissing = False,
-    json: Json = False,
-    directory: Dir = DEFAULT_DIR,
-) -> None:
-    """Release a model: try it, upload it, sign one event; every edge verifies it, warms it and swaps to it."""
-    if not file.is_file():
-        raise BadInput(f"{file} is no file")
-    target = Target.at(directory)
-    request = ReleaseRequest(
-        model=model,
-        path=file,
-        version=version,
-        golden=golden,
-        rtol=rtol,
-        atol=atol,
-        placement=placement,
-        cache=CachePolicy(enabled=ttl > 0, ttl_s=ttl, tiers=cache_tiers),
-        author=target.settings.author,
-        reason=reason,
-    )
-
-    async def act(publisher: Publisher) -> Published:
-        bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=output.err, transient=True
-        )
-        with bar:
-            task = bar.add_task("upload", total=None)
-            return await publisher.publish(
-                request,
-                lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
-            )
-
-    _release(target, act, wait=wait, timeout=timeout, allow_missing=allow_missing, json=json)
 
 
 def rollback(
@@ -103,7 +40,7 @@ def rollback(
 ) -> None:
     """Serve an earlier release again, as a new fact."""
     target = Target.at(directory)
-    _release(
+    receipts.release(
         target,
         lambda publisher: publisher.rollback(model, to, author=target.settings.author, reason=reason),
         wait=wait,
@@ -121,7 +58,7 @@ def retire(
 ) -> None:
     """Serve the model no longer."""
     target = Target.at(directory)
-    _release(
+    receipts.release(
         target,
         lambda publisher: publisher.retire(model, author=target.settings.author, reason=reason),
         wait=False,
@@ -129,85 +66,6 @@ def retire(
         allow_missing=True,
         json=json,
     )
-
-
-def store_of(target: Target) -> ArtifactStore:
-    s = target.settings
-    return ArtifactStore(s.s3_endpoint, s.s3_bucket, s.s3_access_key, s.s3_secret_key.get_secret_value(), s.s3_region)
-
-
-def _release(
-    target: Target,
-    act: Callable[[Publisher], Awaitable[Published]],
-    *,
-    wait: bool,
-    timeout: float,
-    allow_missing: bool,
-    json: bool,
-) -> None:
-    began = time.monotonic()
-    published, nodes = asyncio.run(_act_and_wait(target, act, wait, timeout))
-    wall_ms = (time.monotonic() - began) * 1000
-    if json:
-        said: dict[str, Any] = {
-            "model": published.model,
-            "version": published.version,
-            "sequence": published.sequence,
-            "digest": published.digest,
-            "position": published.position,
-            "event_id": published.event_id,
-            "nodes": msgspec.to_builtins(nodes),
-            "wall_ms": wall_ms,
-        }
-        output.document(said)
-    else:
-        output.say(
-            f"{published.model} {published.version} {published.digest[:12]}: sequence {published.sequence},"
-            f" position {published.position}, event {published.event_id}",
-        )
-        for node in nodes:
-            output.say(f"  {node.region:<12} {node.node:<16} {_told(node)}")
-    late = [n for n in nodes if n.outcome != "live" and not (allow_missing and n.outcome == "missing")]
-    if late:
-        output.err.print(f"mlcdn: not live on {', '.join(n.node for n in late)}: {late[0].reason}", markup=False)
-        raise typer.Exit(1)
-    if wait and not nodes and not allow_missing:
-        output.err.print("mlcdn: no node had a fresh beat, so nothing serves it yet", markup=False)
-        raise typer.Exit(1)
-
-
-async def _act_and_wait(
-    target: Target,
-    act: Callable[[Publisher], Awaitable[Published]],
-    wait: bool,
-    timeout: float,
-) -> tuple[Published, list[NodeOutcome]]:
-    watch = FleetWatch(target.reader)
-    if wait:
-        await watch.look()
-    writer = target.writer()
-    try:
-        published = await act(Publisher(store_of(target), writer, target.reader, target.roots))
-    finally:
-        await writer.close()
-    if not wait:
-        return published, []
-    await watch.look()
-    nodes = await wait_live(
-        watch,
-        published.model,
-        published.sequence,
-        published.appended_ms,
-        timeout_s=timeout,
-        progress=lambda outcome: output.progress(f"{outcome.node}: {_told(outcome)}"),
-    )
-    return published, nodes
-
-
-def _told(node: NodeOutcome) -> str:
-    if node.outcome == "live":
-        return f"live after {node.ms['total']:.0f} ms"
-    return f"{node.outcome}: {node.reason}"
 
 
 def status(
@@ -237,7 +95,7 @@ def status(
 
 
 def _status(name: str, state: Releases, watch: FleetWatch, highs: dict[str, int]) -> dict[str, Any]:
-    wanted = state.models[name].wanted
+    wanted = state.models[name].stable
     now = time.time_ns() // 1_000_000
     nodes = []
     for worker in (w for workers in watch.fresh(now).values() for w in workers):

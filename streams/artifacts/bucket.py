@@ -75,6 +75,10 @@ class Bucket:
             return False
         return True
 
+    def size(self, key: str) -> int:
+        """In bytes; `NotFound` where there is no such object."""
+        return int(self.call(lambda: self._s3.head_object(**self._at(key)))["ContentLength"])
+
     def put(self, key: str, data: bytes, *, only_if_absent: bool) -> bool:
         """In one request. False if an object of that key was there, or is on its way."""
         return self._created(
