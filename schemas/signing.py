@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature
@@ -21,6 +22,11 @@ PAYLOAD_TYPE: Final = b"application/vnd.mlcdn.record.v1"
 KEYID_HEADER: Final = "mlcdn-keyid"
 SIGNATURE_HEADER: Final = "mlcdn-signature"
 _SIGNED_HEADERS: Final = ("ce_type", "ce_id", "ce_source", "ce_time", "ce_causationid")
+
+
+@lru_cache(1_024)
+def _loaded(public_key: bytes) -> Ed25519PublicKey:
+    return Ed25519PublicKey.from_public_bytes(public_key)
 
 
 def key_id(public_key: bytes) -> str:
@@ -59,7 +65,7 @@ def verify(public_key: bytes, topic: str, key: bytes | None, value: bytes | None
     """Refuses a record that `public_key` did not sign as it stands."""
     signature = dict(headers).get(SIGNATURE_HEADER) or b""
     try:
-        Ed25519PublicKey.from_public_bytes(public_key).verify(
+        _loaded(public_key).verify(
             signature,
             pre_authentication_encoding(topic, key, value, headers),
         )

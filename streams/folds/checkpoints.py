@@ -5,9 +5,9 @@
     rewritten   the chain is not what a checkpoint says, here or before this reader was started again
 
 Laws: a checkpoint that repeats, or speaks of a position too far back to be known, counts for nothing and alarms nobody,
-so any number of signers may race; one that holds becomes `last` when it speaks of a higher position than that; one that
-does not hold is a dispute with its signer. A dispute ends, on every replay alike, when a root revokes that key: either it
-lied, or somebody answers for the log as it now is.
+so any number of signers may race; one that holds becomes `last` when it speaks of a higher position than that and nothing
+is disputed; one that does not hold is a dispute with its signer. A dispute ends, on every replay alike, when a root revokes
+that key: either it lied, or somebody answers for the log as it now is.
 
 A rewritten or truncated log *holds*: who acts on the log stays with what it last knew. It must not know a clock, a disk,
 or what a node does with an alarm.
@@ -16,6 +16,7 @@ or what a node does with an alarm.
 from __future__ import annotations
 
 from collections import deque
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Final
 
@@ -56,7 +57,7 @@ class ChainWatch:
     """Follows one topic from its first record. Mutable: one owner, one thread.
 
     `last` is the last checkpoint that held. Begun with one that held in an earlier life (`remembered`), the topic is
-    `proven` only once it has come to that position with that chain.
+    `another` until it has come to that position with that chain.
     """
 
     def __init__(self, topic: str, remembered: Held | None = None) -> None:
@@ -65,18 +66,24 @@ class ChainWatch:
         self.chain = chain.start(topic)
         self.last = remembered
         self._remembered = remembered
+        # The signer of what was remembered and found otherwise.
+        self._forgotten_by: str | None = None
         self._recent: deque[tuple[int, bytes]] = deque(maxlen=RECENT)
         self._disputes: dict[str, str] = {}
 
     @property
-    def proven(self) -> bool:
-        return self._remembered is None
+    def another(self) -> bool:
+        """Whether this is not the log in which the remembered checkpoint held, nor has grown to where it could be."""
+        return self._remembered is not None or self._forgotten_by is not None
 
-    def take(self, record: Record, event: Event | None) -> bool:
-        """One record and, if the fold took it, its event. Whether it is a checkpoint that moved `last`."""
+    def take(self, record: Record, event: Event | None, linked: bytes | None = None) -> bool:
+        """One record and, if the fold took it, its event. Whether it is a checkpoint that moved `last`.
+
+        `linked` is the chain at the record, for who has computed it already.
+        """
         if record.offset <= self.position:
             return False
-        self.chain = chain.link(self.chain, record)
+        self.chain = chain.link(self.chain, record) if linked is None else linked
         self.position = record.offset
         self._recent.append((self.position, self.chain))
         if self._remembered is not None and self.position >= self._remembered.position:
@@ -110,8 +117,8 @@ class ChainWatch:
         if at_end and self._remembered is not None:
             found[Alarm.TRUNCATED] = f"ends at {self.position}, and a checkpoint held at {self._remembered.position}"
         if self.last is not None and now_ms > self.last.expires_at_ms:
-            late_s = (now_ms - self.last.expires_at_ms) // 1000
-            found[Alarm.FROZEN] = f"the last checkpoint, of position {self.last.position}, expired {late_s} s ago"
+            expired = datetime.fromtimestamp(self.last.expires_at_ms / 1000, UTC).isoformat(timespec="seconds")
+            found[Alarm.FROZEN] = f"the last checkpoint, of position {self.last.position}, expired at {expired}"
         return found
 
     def _judge(self, event: LogCheckpoint, signer: str) -> bool:
@@ -121,7 +128,7 @@ class ChainWatch:
         if known.hex() != event.chain_sha256:
             self._disputes[signer] = f"position {event.position} is not what a checkpoint says"
             return False
-        if self.last is not None and event.position <= self.last.position:
+        if self._disputes or (self.last is not None and event.position <= self.last.position):
             return False
         self.last = Held(
             position=event.position,
@@ -134,6 +141,7 @@ class ChainWatch:
     def _meet(self, remembered: Held) -> None:
         if self.position != remembered.position or self.chain.hex() != remembered.chain_sha256:
             self._disputes[remembered.signer] = f"position {remembered.position} is not what it was"
+            self._forgotten_by = remembered.signer
         self._remembered = None
 
     def _settle(self, signer: str) -> None:
@@ -141,5 +149,7 @@ class ChainWatch:
         unmet = self._remembered is not None and self._remembered.signer == signer
         if unmet:
             self._remembered = None
+        if self._forgotten_by == signer:
+            self._forgotten_by = None
         if (disputed or unmet) and self.last is not None and self.last.signer == signer:
             self.last = None

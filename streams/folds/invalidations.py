@@ -162,13 +162,15 @@ class Invalidations(msgspec.Struct, frozen=True, kw_only=True):
         return cls(trust=Trust.of(roots))
 
 
-def fold(state: Invalidations, record: Record) -> Step[Invalidations]:
-    """One record of ``mlcdn.invalidations``. The caller applies `purge_of` the step to its map."""
+def fold(state: Invalidations, record: Record, signature: bool | None = None) -> Step[Invalidations]:
+    """One record of ``mlcdn.invalidations``. The caller applies `purge_of` the step to its map.
+
+    `signature` is what an earlier check of it found (`trust.admit`)."""
     if record.offset <= state.position:
         return Step(state)
     moved = msgspec.structs.replace(state, position=record.offset)
     try:
-        envelope = trusting.admit(state.trust, record)
+        envelope = trusting.admit(state.trust, record, signature)
         if envelope.id in state.ids:
             raise EventRefused(Refusal.DUPLICATE, f"stands at position {state.ids[envelope.id]}")
         if isinstance(envelope.event, LogCheckpoint):
@@ -177,7 +179,8 @@ def fold(state: Invalidations, record: Record) -> Step[Invalidations]:
     except EventRefused as refused:
         return Step(moved, refused=refused)
     if isinstance(envelope.event, TrustChanged):
-        moved = msgspec.structs.replace(moved, trust=trusting.changed(state.trust, envelope.event, record.offset))
+        trust = trusting.changed(state.trust, envelope.event, record.offset, envelope.id)
+        moved = msgspec.structs.replace(moved, trust=trust)
         return Step(moved, envelope=envelope)
     # One dict for the life of the fold: copying 200,000 ids per record would make a boot read quadratic.
     state.ids[envelope.id] = record.offset

@@ -63,13 +63,15 @@ class Releases(msgspec.Struct, frozen=True, kw_only=True):
         return cls(trust=Trust.of(roots))
 
 
-def fold(state: Releases, record: Record) -> Step[Releases]:
-    """One record of ``mlcdn.releases``; a position at or below the state's own is dropped without a word."""
+def fold(state: Releases, record: Record, signature: bool | None = None) -> Step[Releases]:
+    """One record of ``mlcdn.releases``; a position at or below the state's own is dropped without a word.
+
+    `signature` is what an earlier check of it found (`trust.admit`)."""
     if record.offset <= state.position:
         return Step(state)
     moved = msgspec.structs.replace(state, position=record.offset)
     try:
-        envelope = trusting.admit(state.trust, record)
+        envelope = trusting.admit(state.trust, record, signature)
         return Step(_apply(moved, envelope.event, envelope.id, record.timestamp_ms), envelope=envelope)
     except EventRefused as refused:
         return Step(moved, refused=refused)
@@ -78,7 +80,7 @@ def fold(state: Releases, record: Record) -> Step[Releases]:
 def _apply(state: Releases, event: Event, cause: str, at_ms: int) -> Releases:
     match event:
         case TrustChanged():
-            return msgspec.structs.replace(state, trust=trusting.changed(state.trust, event, state.position))
+            return msgspec.structs.replace(state, trust=trusting.changed(state.trust, event, state.position, cause))
         case LogCheckpoint():
             checkpoints.stands(event, state.position)
             return state

@@ -102,11 +102,11 @@ class Scene:
         return key.public_key().public_bytes_raw()
 
     def trust(self) -> TrustChanged:
-        kinds = {"op": (self.operator, "CacheInvalidated"), "one": (self.key, "LogCheckpoint"),
-                 "two": (self.second, "LogCheckpoint")}  # fmt: skip
+        kinds = {"op": (self.operator, ("CacheInvalidated", "ModelReleased")), "one": (self.key, ("LogCheckpoint",)),
+                 "two": (self.second, ("LogCheckpoint",))}  # fmt: skip
         grants = (
-            Grant(public_key=self.public(key), label=label, models=("*",), kinds=(kind,))
-            for label, (key, kind) in kinds.items()
+            Grant(public_key=self.public(key), label=label, models=("*",), kinds=said)
+            for label, (key, said) in kinds.items()
         )
         return TrustChanged(grants=tuple(grants), author="root")
 
@@ -135,12 +135,22 @@ class Scene:
             state = invalidations.fold(state, each).state
         return state
 
-    def copy(self, changed: Mapping[int, bytes] | None = None) -> LocalLog:
-        """The topic as it stands, broker times and all, but for the values of `changed` positions."""
-        times = [record.timestamp_ms for record in self.log.read(TOPIC, 0)]
-        copied = LocalLog(lambda: times.pop(0) if times else self.now_ms)
-        for record in self.log.read(TOPIC, 0):
-            copied.append_raw(TOPIC, record.key, (changed or {}).get(record.offset, record.value), record.headers)
+    def copy(
+        self,
+        changed: Mapping[int, bytes] | None = None,
+        topic: str = TOPIC,
+        end: int | None = None,
+    ) -> LocalLog:
+        """Both topics, broker times and all, under the ids they have; but for the values of `changed` positions of one of
+        them, and what stands at `end` of it or above."""
+        times: list[int] = []
+        copied = LocalLog(lambda: times.pop() if times else self.now_ms)
+        for each in (RELEASES.name, INVALIDATIONS.name):
+            copied._ids[each] = self.log.topic_id(each)
+            for record in self.log.read(each, 0, 0, end if each == topic else None):
+                times.append(record.timestamp_ms)
+                value = (changed or {}).get(record.offset, record.value) if each == topic else record.value
+                copied.append_raw(each, record.key, value, record.headers)
         return copied
 
     def checkpoints(self) -> list[LogCheckpoint]:
@@ -148,13 +158,15 @@ class Scene:
                    if dict(r.headers).get("ce_type") == b"mlcdn.LogCheckpoint.v1")  # fmt: skip
         return [event for event in decoded if isinstance(event, LogCheckpoint)]
 
-    def checkpoint(self, key: Ed25519PrivateKey | None = None, **changed: Any) -> Record:
-        watch = self.watch()
+    def checkpoint(self, key: Ed25519PrivateKey | None = None, topic: str = TOPIC, **changed: Any) -> Record:
+        watch = ChainWatch(topic)
+        for record in self.log.read(topic, 0):
+            watch.take(record, None)
         said: dict[str, Any] = {
             "position": watch.position, "chain_sha256": watch.chain.hex(), "since": -1,
             "expires_at_ms": self.now_ms + 60_000,
         }  # fmt: skip
-        return self.say(LogCheckpoint(**(said | changed)), key or self.key)
+        return self.say(LogCheckpoint(**(said | changed)), key or self.key, topic)
 
     def job(self, key: Ed25519PrivateKey | None = None) -> CheckpointJob:
         key = key or self.key
@@ -258,6 +270,26 @@ def test_what_held_in_an_earlier_life_must_hold_again() -> None:
     scene.watch(other.log, grown)
     assert list(grown.alarms(scene.now_ms, at_end=True)) == [Alarm.REWRITTEN]
     assert grown.last == remembered
+
+
+def test_no_checkpoint_counts_over_a_log_that_is_disputed() -> None:
+    scene = Scene()
+    scene.purge(3)
+    scene.checkpoint()
+    remembered = scene.watch().last
+    forged = scene.copy({1: b"other"})
+    scene.log = forged
+    scene.purge(3)
+    scene.checkpoint(scene.second)  # of a job that remembers nothing
+    watch = scene.watch(watch=ChainWatch(TOPIC, remembered))
+    assert watch.another
+    assert watch.last == remembered
+    scene.say(TrustChanged(grants=(), revoked=(scene.public(scene.key),), author="root"), scene.root)
+    scene.checkpoint(scene.second)
+    watch = scene.watch(watch=ChainWatch(TOPIC, remembered))
+    assert not watch.another
+    assert watch.last is not None
+    assert watch.last.signer == signing.key_id(scene.public(scene.second))
 
 
 def test_a_log_that_goes_silent_is_frozen_and_thaws() -> None:

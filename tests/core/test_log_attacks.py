@@ -7,11 +7,12 @@ import pytest
 
 from schemas import signing
 from schemas.errors import Refusal
-from schemas.events import CacheInvalidated
+from schemas.events import CacheInvalidated, Event, TrustChanged
 from schemas.names import Scope, ScopeKind
 from schemas.topics import INVALIDATIONS, RELEASES
 from streams.folds import invalidations, releases
 from streams.folds.invalidations import Invalidations
+from streams.folds.releases import Releases
 from streams.log.record import Record
 from tests.core.test_folds_control import (
     CONTROL,
@@ -22,6 +23,7 @@ from tests.core.test_folds_control import (
     ROOTS,
     STRANGER,
     fold_releases,
+    public,
     record,
     release,
     trust,
@@ -87,4 +89,34 @@ def test_a_replayed_purge_is_refused() -> None:
     assert step.refused.refusal is Refusal.DUPLICATE
 
 
-# Frozen, truncated and rewritten are said of a whole log, not of a record: tests/core/test_chain.py.
+@pytest.mark.parametrize("topic", [RELEASES.name, INVALIDATIONS.name])
+def test_a_replayed_grant_brings_no_revoked_key_back(topic: str) -> None:
+    grant = record(topic, 0, trust(("ModelReleased", "CacheInvalidated")), ROOT)
+    revoked = record(topic, 1, TrustChanged(grants=(), revoked=(public(OPERATOR),), author="root"), ROOT)
+    says: Event = release("digits", 1, DIGESTS[0]) if topic == RELEASES.name else PURGE
+    log = [grant, revoked, msgspec.structs.replace(grant, offset=2), record(topic, 3, says, OPERATOR)]
+    assert refusals(topic, log) == [None, None, Refusal.DUPLICATE, Refusal.KEY_REVOKED]
+
+
+def refusals(topic: str, log: list[Record]) -> list[Refusal | None]:
+    """Why each record did not act, None for those that did."""
+    state: Releases | Invalidations = (
+        Releases.initial(ROOTS) if topic == RELEASES.name else Invalidations.initial(ROOTS)
+    )  # fmt: skip
+    found = []
+    for each in log:
+        step = releases.fold(state, each) if isinstance(state, Releases) else invalidations.fold(state, each)
+        state = step.state
+        found.append(step.refused.refusal if step.refused is not None else None)
+    return found
+
+
+def test_a_root_is_checked_whatever_an_earlier_check_is_said_to_have_found() -> None:
+    forged = signed_as(record(T, 3, trust(("ModelRetired",)), ROOT), LOG[0])
+    step = releases.fold(fold_releases(LOG), forged, True)
+    assert step.refused is not None
+    assert step.refused.refusal is Refusal.BAD_SIGNATURE
+
+
+# Frozen, truncated and rewritten are said of a whole log, not of a record: tests/core/test_chain.py for what they are,
+# tests/service/test_log_alarms.py for what a node does.
