@@ -1,20 +1,25 @@
 """The admin API: what the command line does, for automation. Its own port, loopback by default, off without a token.
 
-    POST /admin/publish?model=&version=&placement=&reason=     body: the ONNX file
-    POST /admin/rollback   {"model", "to"?, "reason"}
-    POST /admin/retire     {"model", "reason"}
+    POST /admin/publish?model=&version=&placement=&reason=&allow_signature_change=&wait=&timeout_s=
+                           body: the ONNX file, or a form of it, a golden file and settings (`uploads.py`)
+    POST /admin/rollback   {"model", "to"?, "reason"?, "wait"?, "timeout_s"?}
+    POST /admin/retire     {"model", "reason"?}
     POST /admin/invalidate {"scopes": [{"kind", "value"}], "soft"?, "reason"?, "wait"?}
+    GET  /openapi.json     this, as OpenAPI 3.1 (`openapi.py`)
 
-Laws: the token is compared in constant time; a request that a browser made across origins is refused, token or not; the
-file is written to the origin's own disk under a name of ours and tried before anything is uploaded.
+Laws: the token is compared in constant time, for every path; a request that a browser made across origins is refused,
+token or not; the file is written to the origin's own disk under a name of ours and tried before anything is uploaded; so
+many uploads are held at once, and no more. A release that not every node serves is done all the same: 200, and `nodes`
+says which.
 """
 
 from __future__ import annotations
 
 import hmac
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 from pydantic import SecretStr
@@ -23,18 +28,26 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from inference.onnx_scan import MAX_PROTOBUF_BYTES
+from origin import openapi, release_settings
 from origin.invalidate import Invalidator
-from origin.publish import Published, Publisher, ReleaseRequest
+from origin.outcome import outcome
+from origin.publish import Publisher
 from origin.receipts import FleetWatch, wait_applied
 from origin.routes import answer, body_of, refused
-from schemas.errors import BadInput, MlcdnError
+from origin.uploads import receive
+from schemas import names
+from schemas.errors import BadInput, MlcdnError, NotReady, Overloaded
 from schemas.events import Placement
 from schemas.names import Scope
 from streams.log.record import LogReader
 
-MAX_MODEL_BYTES = 2 * 2**30
-MAX_WORDS_BYTES = 1_048_576
-WAIT_S = 30.0
+MAX_WORDS_BYTES: Final = 1_048_576
+MAX_UPLOADS: Final = 4
+WAIT_S: Final = 30.0
+LONGEST_WAIT_S: Final = 600.0
+UPLOAD_S: Final = 900.0
+"""For so long a body may come: the largest model at 2.4 MB/s."""
 T = TypeVar("T")
 
 
@@ -46,10 +59,24 @@ class NotAllowed(MlcdnError):
         self.status = status
 
 
+class PublishWords(msgspec.Struct, forbid_unknown_fields=True):
+    """The query. What it says of the release wins over the settings; None is what it does not say."""
+
+    model: str
+    version: str | None = None
+    placement: Placement | None = None
+    reason: str | None = None
+    allow_signature_change: bool | None = None
+    wait: bool = False
+    timeout_s: float = WAIT_S
+
+
 class RollbackWords(msgspec.Struct, forbid_unknown_fields=True):
     model: str
     reason: str = ""
     to: str | None = None
+    wait: bool = False
+    timeout_s: float = WAIT_S
 
 
 class RetireWords(msgspec.Struct, forbid_unknown_fields=True):
@@ -78,6 +105,7 @@ class Admin:
     ) -> None:
         self._publisher, self._invalidator, self._reader = publisher, invalidator, reader
         self._token, self._author, self._directory = token, author, directory
+        self._uploads = 0
 
     def app(self) -> Starlette:
         return Starlette(
@@ -86,6 +114,7 @@ class Admin:
                 Route("/admin/rollback", self._rollback, methods=["POST"]),
                 Route("/admin/retire", self._retire, methods=["POST"]),
                 Route("/admin/invalidate", self._invalidate, methods=["POST"]),
+                Route("/openapi.json", self._openapi),
             ],
             exception_handlers={MlcdnError: refused},
         )
@@ -104,43 +133,64 @@ class Admin:
 
     async def _publish(self, request: Request) -> Response:
         self._allow(request)
-        asked = request.query_params
-        if "model" not in asked:
-            raise BadInput("say which model: ?model=")
-        self._directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self._directory, suffix=".onnx") as file:
-            size = 0
-            async for part in request.stream():
-                size += len(part)
-                if size > MAX_MODEL_BYTES:
-                    raise BadInput(f"the file is over {MAX_MODEL_BYTES} bytes")
-                file.write(part)
-            file.flush()
-            published = await self._publisher.publish(
-                ReleaseRequest(
-                    model=asked["model"],
-                    path=Path(file.name),
-                    version=asked.get("version"),
-                    placement=_placement(asked.get("placement", Placement.EDGE)),
-                    author=self._author,
-                    reason=asked.get("reason", ""),
-                ),
-            )
-        return answer(_published(published))
+        words = _query(request, PublishWords)
+        names.name(words.model, "model")
+        _patience(words.timeout_s)
+        if self._uploads >= MAX_UPLOADS:
+            raise Overloaded(f"{MAX_UPLOADS} releases are being made")
+        self._uploads += 1
+        try:
+            return await self._release(request, words)
+        finally:
+            self._uploads -= 1
+
+    async def _release(self, request: Request, words: PublishWords) -> Response:
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            folder = tempfile.TemporaryDirectory(dir=self._directory)
+        except OSError as error:
+            raise NotReady(f"the origin's disk takes no upload: {error.strerror}") from None
+        with folder as name:
+            kind = request.headers.get("content-type")
+            upload = await receive(request.stream(), kind, Path(name), MAX_PROTOBUF_BYTES)
+            document = release_settings.checked(upload.settings, "settings")
+            if document.get("golden") is not None:
+                raise BadInput("settings: golden is a part of the form, not a path")
+            said = {
+                "version": words.version,
+                "placement": words.placement,
+                "reason": words.reason,
+                "allow_signature_change": words.allow_signature_change,
+                "golden": str(upload.golden) if upload.golden is not None else None,
+            }
+            document |= {name: value for name, value in said.items() if value is not None}
+            asked = release_settings.request(document, model=words.model, path=upload.file, author=self._author)
+            done = await outcome(lambda: self._publisher.publish(asked), self._watch(words.wait), words.timeout_s)
+        return answer(done.document())
 
     async def _rollback(self, request: Request) -> Response:
         words = await self._words(request, RollbackWords)
-        return answer(
-            _published(
-                await self._publisher.rollback(words.model, words.to, author=self._author, reason=words.reason),
-            ),
+        _patience(words.timeout_s)
+        done = await outcome(
+            lambda: self._publisher.rollback(words.model, words.to, author=self._author, reason=words.reason),
+            self._watch(words.wait),
+            words.timeout_s,
         )
+        return answer(done.document())
 
     async def _retire(self, request: Request) -> Response:
         words = await self._words(request, RetireWords)
-        return answer(
-            _published(await self._publisher.retire(words.model, author=self._author, reason=words.reason)),
+        done = await outcome(
+            lambda: self._publisher.retire(words.model, author=self._author, reason=words.reason), None, 0
         )
+        return answer(done.document())
+
+    async def _openapi(self, request: Request) -> Response:
+        self._allow(request)
+        return answer(openapi.document(version("mlcdn")))
+
+    def _watch(self, wait: bool) -> FleetWatch | None:
+        return FleetWatch(self._reader) if wait else None
 
     async def _invalidate(self, request: Request) -> Response:
         words = await self._words(request, InvalidateWords)
@@ -167,19 +217,16 @@ class Admin:
             raise BadInput(f"the body: {error}") from None
 
 
-def _placement(said: str) -> Placement:
+def _query(request: Request, kind: type[T]) -> T:
+    """The query as words; a name or value that is none is refused like one of a body."""
+    asked = dict(request.query_params)
+    if len(asked) != len(request.query_params.multi_items()):
+        raise BadInput("the query: a name stands there twice")
     try:
-        return Placement(said)
-    except ValueError:
-        raise BadInput(f"placement is one of {', '.join(Placement)}") from None
+        return msgspec.convert(asked, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise BadInput(f"the query: {error}") from None
 
 
-def _published(published: Published) -> dict[str, Any]:
-    return {
-        "model": published.model,
-        "version": published.version,
-        "sequence": published.sequence,
-        "digest": published.digest,
-        "position": published.position,
-        "event_id": published.event_id,
-    }
+def _patience(timeout_s: float) -> None:
+    names.within(timeout_s, 0, LONGEST_WAIT_S, "timeout_s")

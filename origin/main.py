@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import sys
 
 import structlog
@@ -11,13 +12,13 @@ from starlette.applications import Starlette
 
 from inference.onnx_model import SessionSettings
 from origin import routes
-from origin.admin import Admin
+from origin.admin import UPLOAD_S, Admin
 from origin.hosting import Hosting
 from origin.invalidate import Invalidator
 from origin.publish import Publisher
 from processes import logs
 from processes.http_connection import GuardedProtocol
-from processes.http_limits import limits_of
+from processes.http_limits import Limits, limits_of
 from processes.http_server import Server, serve_until
 from processes.ports import PortBusy, listen
 from processes.signals import stop_on_signals
@@ -35,7 +36,7 @@ from streams.log.writer import Writer
 log = structlog.get_logger(__name__)
 
 
-def _server(app: Starlette, given: Settings) -> Server:
+def _server(app: Starlette, given: Settings, limits: Limits) -> Server:
     config = uvicorn.Config(
         app,
         http=GuardedProtocol,
@@ -46,7 +47,7 @@ def _server(app: Starlette, given: Settings) -> Server:
         timeout_graceful_shutdown=int(max(1, given.drain_s)),
     )
     cut = metrics.counter("mlcdn_connections_cut_total")
-    return Server(config, limits_of(given), lambda reason: cut.labels(reason).inc())
+    return Server(config, limits, lambda reason: cut.labels(reason).inc())
 
 
 def _admin(
@@ -96,11 +97,14 @@ async def serve(given: Settings) -> None:
         async with stop_on_signals() as stop, asyncio.TaskGroup() as group:
             socket = listen(given.host, given.port)
             log.info("origin listens", host=given.host, port=socket.getsockname()[1])
-            group.create_task(serve_until(_server(routes.app(hosting, given.max_body_bytes), given), [socket], stop))
+            limits = limits_of(given)
+            open_port = _server(routes.app(hosting, given.max_body_bytes), given, limits)
+            group.create_task(serve_until(open_port, [socket], stop))
             if given.admin_token.get_secret_value():
                 admin = _admin(given, store, reader, roots, appender)
                 listening = listen(given.admin_host, given.admin_port)
-                group.create_task(serve_until(_server(admin.app(), given), [listening], stop))
+                patient = dataclasses.replace(limits, body_timeout_s=max(UPLOAD_S, limits.body_timeout_s))
+                group.create_task(serve_until(_server(admin.app(), given, patient), [listening], stop))
             group.create_task(follower.run(stop))
             group.create_task(hosting.reconcile_until(stop))
     finally:

@@ -25,7 +25,7 @@ import msgspec
 from inference.trial import run_trial
 from inference.trial_report import TrialReport
 from origin import signature
-from origin.release_request import Published, ReleaseEvent, ReleaseRequest, published, released
+from origin.release_request import GOLDEN_MAX_BYTES, Published, ReleaseEvent, ReleaseRequest, published, released
 from origin.signature import Change, SignatureChanged
 from schemas import names
 from schemas.errors import BadInput, Conflict, EventRefused, ModelRefused, NotFound, Refusal
@@ -46,7 +46,6 @@ from streams.log.writer import Writer, wall_clock_ms
 __all__ = ["Published", "Publisher", "ReleaseRequest", "SignatureChanged"]
 
 TRIES: Final = 8
-GOLDEN_MAX_BYTES: Final = 64 * 2**20
 LOST_RACE: Final = (Refusal.SEQUENCE_NOT_HIGHER, Refusal.SEQUENCE_CONFLICT)
 Progress = Callable[[str, int, int], None]
 """What, how much of it, out of how much; bytes."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from inference.datatypes import TensorSpec
 from inference.golden import ATOL, RTOL
@@ -28,6 +29,7 @@ from schemas.events import (
 )
 from streams.log.writer import Appended, wall_clock_ms
 
+GOLDEN_MAX_BYTES: Final = 64 * 2**20
 ReleaseEvent = ModelReleased | ModelRolledBack | ModelRetired
 
 

@@ -95,16 +95,22 @@ def merged(document: Document, over: Mapping[str, Any]) -> Document:
 
 def json_schema() -> Document:
     """JSON Schema 2020-12 of the document, closed at every depth as the check is."""
-    _, components = msgspec.json.schema_components([ReleaseSettings], ref_template="#/$defs/{name}")
+    components = schemas("#/$defs/{name}")
+    own = components.pop("ReleaseSettings")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **own, "$defs": components}
+
+
+def schemas(ref_template: str) -> dict[str, Document]:
+    """The same by name, for a document that holds them elsewhere; the whole is `ReleaseSettings`."""
+    _, components = msgspec.json.schema_components([ReleaseSettings], ref_template=ref_template)
     for part in components.values():
         if part.get("type") == "object":
             part["additionalProperties"] = False
             # Prose for who reads the code says nothing of a document's form.
             part.pop("description", None)
-    own = components.pop("ReleaseSettings")
     for name, words in _SPOKEN.items():
-        own["properties"][name]["description"] = words
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **own, "$defs": components}
+        components["ReleaseSettings"]["properties"][name]["description"] = words
+    return components
 
 
 def _converted(given: Document, where: str) -> Any:

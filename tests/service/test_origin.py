@@ -8,18 +8,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
+import numpy as np
 import pytest
+from openapi_spec_validator import OpenAPIV31SpecValidator
 
+from inference.golden import write_golden
 from mlcdn.identities import ensure_identities
 from mlcdn.local_stack.running import RunningStack
+from origin import openapi
+from origin.admin import MAX_UPLOADS, Admin, InvalidateWords, PublishWords, RetireWords, RollbackWords
 from processes.ports import free_ports
 from schemas import codec
-from tests.models import mlp_bytes
+from tests.models import identity_bytes, mlp_bytes
 
 TOKEN = "a-token-for-the-test"
 
@@ -28,6 +35,7 @@ TOKEN = "a-token-for-the-test"
 class Origin:
     url: str
     admin: str
+    uploads: Path
 
     def post(self, path: str, *, token: str | None = TOKEN, **more: Any) -> httpx.Response:
         headers = {"authorization": f"Bearer {token}"} if token else {}
@@ -57,7 +65,7 @@ def origin(stack: RunningStack, tmp_path_factory: pytest.TempPathFactory) -> Ite
     }
     log = (directory / "log").open("wb")
     process = subprocess.Popen([sys.executable, "-m", "origin.main"], env=os.environ | env, stderr=log)
-    found = Origin(f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin}")
+    found = Origin(f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin}", directory / "uploads")
     try:
         _until(lambda: httpx.get(f"{found.url}/health", timeout=1, trust_env=False).status_code == 200, 30)
         yield found
@@ -105,11 +113,17 @@ def test_a_model_is_released_rolled_back_and_retired(origin: Origin, tmp_path: P
     [
         ("/admin/publish", b"x", 400),
         ("/admin/publish?model=UPPER", b"x", 400),
+        ("/admin/publish?model=ok&surprise=1", b"x", 400),
+        ("/admin/publish?model=ok&model=two", b"x", 400),
+        ("/admin/publish?model=ok&wait=perhaps", b"x", 400),
+        ("/admin/publish?model=ok&wait=true&timeout_s=nan", b"x", 400),
+        ("/admin/publish?model=ok&placement=moon", b"x", 400),
         ("/admin/publish?model=ok", b"", 422),
         ("/admin/publish?model=ok", b"not a model", 422),
         ("/admin/rollback", b"{", 400),
         ("/admin/rollback", b'{"model": "never-released"}', 404),
         ("/admin/rollback", b'{"model": "x", "surprise": 1}', 400),
+        ("/admin/rollback", b'{"model": "x", "timeout_s": 1e9}', 400),
         ("/admin/invalidate", b'{"scopes": []}', 400),
         ("/admin/invalidate", b'{"scopes": [{"kind": "nothing", "value": "x"}]}', 400),
         ("/admin/invalidate", b"[" * 100_000, 400),
@@ -120,6 +134,126 @@ def test_bad_words_get_a_clear_no(origin: Origin, path: str, content: bytes, sta
     assert answer.status_code == status, answer.text
     assert answer.json()["error"]
     assert origin.post("/admin/invalidate", json={"scopes": [{"kind": "tag", "value": "t"}]}).status_code == 200
+
+
+FILE = ("any name/../x", mlp_bytes(31))
+
+
+def fits(answer: httpx.Response, schema: str) -> Any:
+    """The answer's JSON, which is what the document says of it."""
+    assert answer.status_code == 200, answer.text
+    whole = {"$ref": f"#/components/schemas/{schema}", "components": openapi.document("0")["components"]}
+    jsonschema.Draft202012Validator(whole).validate(answer.json())
+    return answer.json()
+
+
+def test_a_form_brings_a_golden_file_and_settings(origin: Origin, tmp_path: Path) -> None:
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    write_golden(tmp_path / "right.npz", {"x": x}, {"y": x})
+    write_golden(tmp_path / "wrong.npz", {"x": x}, {"y": x + 1})
+    settings = (None, b'{"version": "from settings", "reason": "weekly", "cache": {"ttl_s": 7}}', "application/json")
+    file = ("m.onnx", identity_bytes())
+
+    def publish(golden: str, query: str = "") -> httpx.Response:
+        parts = {"settings": settings, "golden": ("g", (tmp_path / golden).read_bytes()), "file": file}
+        return origin.post(f"/admin/publish?model=formed{query}", files=parts)
+
+    refused = publish("wrong.npz")
+    assert refused.status_code == 422 and "output y[0, 0]" in refused.json()["error"]
+    said = fits(publish("right.npz"), "Released")
+    assert (
+        said["version"] == "from settings" and said["trial"]["golden"] == "passed" and said["signature_changes"] == []
+    )
+    assert said["trial"]["batchable"] and said["trial"]["load_ms"] > 0 and said["trial"]["run_ms"] > 0
+    assert said["trial"]["peak_rss_bytes"] > said["trial"]["model_rss_bytes"] > 0 and said["nodes"] == []
+    assert publish("right.npz", "&version=by-query").json()["version"] == "by-query"
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"golden": FILE}, "no part `file`"),
+        ({"file": FILE, "other": FILE}, "not 'other'"),
+        ([("file", FILE), ("file", FILE)], "there twice"),
+        ({"file": FILE, "settings": (None, b"{")}, "the settings: "),
+        ({"file": FILE, "settings": (None, b"[" * 100_000)}, "the settings: "),
+        ({"file": FILE, "settings": (None, b'{"ttl": 3}')}, "did you mean 'cache.ttl_s'"),
+        ({"file": FILE, "settings": (None, b'{"golden": "/etc/passwd"}')}, "a part of the form, not a path"),
+        ({"file": FILE, "settings": (None, b" " * 1_048_577)}, "the settings is over 1048576 bytes"),
+        ({"file": FILE, "golden": ("g", b"x" * (64 * 2**20 + 1))}, "the golden is over 67108864 bytes"),
+        ({"file": FILE, "golden": ("g", b"no archive")}, "not a usable .npz file"),
+    ],
+)
+def test_a_form_that_is_none_gets_a_clear_no(origin: Origin, parts: Any, said: str) -> None:
+    answer = origin.post("/admin/publish?model=misformed", files=parts)
+    assert answer.status_code in (400, 422) and said in answer.json()["error"], answer.text
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"--b", b"--b\r\n", b"garbage", b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\nabc']
+)
+def test_a_form_that_is_cut_off_releases_nothing(origin: Origin, body: bytes) -> None:
+    for kind in ("multipart/form-data; boundary=b", "multipart/form-data"):
+        answer = origin.post("/admin/publish?model=cut", content=body, headers={"content-type": kind})
+        assert answer.status_code == 400 and answer.json()["error"], answer.text
+
+
+def test_a_changed_signature_needs_a_word(origin: Origin) -> None:
+    assert origin.post("/admin/publish?model=shaped&version=one", content=mlp_bytes(1)).status_code == 200
+    other = mlp_bytes(2, (16, 8))
+    refused = origin.post("/admin/publish?model=shaped", content=other)
+    assert refused.status_code == 409
+    assert refused.json()["error"].endswith("one, which is served now: input 'features' was [N, 32], takes [N, 16]")
+    said = fits(origin.post("/admin/publish?model=shaped&allow_signature_change=true", content=other), "Released")
+    assert said["signature_changes"] == [{"side": "input", "tensor": "features", "how": "was [N, 32], takes [N, 16]"}]
+
+
+def test_uploads_leave_nothing_on_the_disk_and_are_so_many_at_once(origin: Origin) -> None:
+    body = mlp_bytes(41)
+
+    def slowly() -> Iterator[bytes]:
+        yield body[:1000]
+        time.sleep(1.0)
+        yield body[1000:]
+
+    with ThreadPoolExecutor(MAX_UPLOADS) as pool:
+        held = [
+            pool.submit(origin.post, f"/admin/publish?model=held-{i}", content=slowly()) for i in range(MAX_UPLOADS)
+        ]
+        _until(lambda: len(list(origin.uploads.iterdir())) == MAX_UPLOADS, 5)
+        refused = origin.post("/admin/publish?model=held-out", content=body)
+        assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
+        assert [one.result().status_code for one in held] == [200] * MAX_UPLOADS
+    assert list(origin.uploads.iterdir()) == []
+
+
+def test_the_admin_document_is_behind_the_token_and_true(origin: Origin) -> None:
+    assert httpx.get(f"{origin.admin}/openapi.json", trust_env=False).status_code == 401
+    told = httpx.get(f"{origin.admin}/openapi.json", headers={"authorization": f"Bearer {TOKEN}"}, trust_env=False)
+    document = told.json()
+    OpenAPIV31SpecValidator(document).validate()
+    assert document["paths"] == openapi.document("0")["paths"]
+    words = {"Rollback": RollbackWords, "Retire": RetireWords, "Invalidate": InvalidateWords}
+    for name, kind in words.items():
+        assert set(document["components"]["schemas"][name]["properties"]) == set(kind.__struct_fields__)
+    query = {p["name"] for p in document["paths"]["/admin/publish"]["post"]["parameters"]}
+    assert query == set(PublishWords.__struct_fields__)
+    assert {p["name"] for p in document["paths"]["/admin/publish"]["post"]["parameters"] if p["required"]} == {"model"}
+
+
+def test_every_admin_route_is_in_the_document_and_answers_as_it_says(origin: Origin) -> None:
+    admin: Any = object.__new__(Admin)
+    served = {(m.lower(), r.path) for r in admin.app().routes for m in r.methods if m != "HEAD"}
+    assert served == {(m, path) for path, item in openapi.document("0")["paths"].items() for m in item}
+    fits(origin.post("/admin/publish?model=documented", content=mlp_bytes(51)), "Released")
+    fits(origin.post("/admin/publish?model=documented&wait=true", content=mlp_bytes(52)), "Released")
+    fits(origin.post("/admin/rollback", json={"model": "documented", "wait": True, "timeout_s": 1}), "Released")
+    fits(origin.post("/admin/retire", json={"model": "documented"}), "Released")
+    scopes = [{"kind": "tag", "value": "t"}]
+    fits(origin.post("/admin/invalidate", json={"scopes": scopes, "wait": True}), "Invalidated")
+    for path, status in (("/admin/rollback", 400), ("/admin/publish", 400)):
+        answer = origin.post(path, content=b"{")
+        assert answer.status_code == status and set(answer.json()) == {"error"}
 
 
 def test_schemas_are_served_as_tools_ask_for_them(origin: Origin) -> None:
