@@ -1,4 +1,4 @@
-"""The local network's keys: a root and one each for operator, origin and checkpoints; topics made, trust written and read back.
+"""The local network's keys: a root and one each for operator, origin and stream jobs; topics made, trust written and read back.
 
 A change of trust goes to both signed topics, because each is judged by what stands in itself (docs/decisions/0003).
 """
@@ -25,8 +25,17 @@ from streams.log.producer import KafkaAppender
 from streams.log.reader import KafkaReader
 from streams.log.writer import Writer
 
-OPERATOR_KINDS: Final = ("ModelReleased", "ModelRolledBack", "ModelRetired", "CacheInvalidated")
-CHECKPOINT_KINDS: Final = ("LogCheckpoint",)
+OPERATOR_KINDS: Final = (
+    "ModelReleased",
+    "ModelRolledBack",
+    "ModelRetired",
+    "RolloutPaused",
+    "RolloutResumed",
+    "RolloutAborted",
+    "CacheInvalidated",
+)
+# The stream jobs' own: what they say can stop a release or let it go on, and never brings in an artifact.
+JOB_KINDS: Final = ("RolloutAdvanced", "RolloutHalted", "LogCheckpoint")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +46,16 @@ class Identities:
     root: Path
     operator: Path
     origin: Path
-    checkpoints: Path
+    jobs: Path
 
 
 def key_files(directory: Path) -> Identities:
     """Makes whatever keys are missing."""
-    root, operator, origin, checkpoints = (
-        _key(directory, label) for label in ("root", "operator", "origin", "checkpoints")
-    )
+    root, operator, origin, jobs = (_key(directory, label) for label in ("root", "operator", "origin", "jobs"))
     roots = directory / "roots.txt"
     if not roots.exists():
         write_roots(roots, {"root": load_private(root)})
-    return Identities(roots=roots, root=root, operator=operator, origin=origin, checkpoints=checkpoints)
+    return Identities(roots=roots, root=root, operator=operator, origin=origin, jobs=jobs)
 
 
 async def grant_first(identities: Identities, kafka: str) -> None:
@@ -63,7 +70,7 @@ async def grant_first(identities: Identities, kafka: str) -> None:
         for label, path, kinds in (
             ("operator", identities.operator, OPERATOR_KINDS),
             ("origin", identities.origin, OPERATOR_KINDS),
-            ("checkpoints", identities.checkpoints, CHECKPOINT_KINDS),
+            ("jobs", identities.jobs, JOB_KINDS),
         )
     )
     await change_trust(

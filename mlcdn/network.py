@@ -102,7 +102,7 @@ class Network:
                 "MLCDN_SIGNING_KEY": str(identities.origin),
                 "MLCDN_AUTHOR": "origin",
             }),
-            self._child("streams", "streams.main", None, shared | {"MLCDN_SIGNING_KEY": str(identities.checkpoints)}),
+            self._child("streams", "streams.main", None, shared | {"MLCDN_SIGNING_KEY": str(identities.jobs)}),
             self._child("router", "router.main", router, shared),
             *(
                 self._child(node, "edge_node.main", port, shared | self._edge(addresses, region, node, origin))

@@ -108,6 +108,10 @@ def data_object_key(model: str, sha256: str) -> str:
     return f"models/{name(model, 'model')}/{digest(sha256)}.data"
 
 
+def evidence_object_key(model: str, sha256: str) -> str:
+    return f"evidence/{name(model, 'model')}/{digest(sha256)}.zz"
+
+
 def file_name(value: str) -> str:
     """A plain file name beside an ONNX file: no folder, nothing hidden."""
     if not FILE_NAME.fullmatch(value):

@@ -18,8 +18,8 @@ from schemas.errors import SettingsInvalid
 from schemas.settings import Settings, load
 
 ROUTING: Final = "routing"
-# Signs what it appends, so it runs where there is a key.
-CHECKPOINTS: Final = "checkpoints"
+# They sign what they append, so they run where there is a key.
+SIGNERS: Final = ("checkpoints", "rollouts")
 
 
 def children(settings: Settings) -> list[Child]:
@@ -30,7 +30,7 @@ def children(settings: Settings) -> list[Child]:
             stop_timeout_s=12,
             max_restarts=20,
         )
-        for job in ((ROUTING,) if settings.signing_key is None else (ROUTING, CHECKPOINTS))
+        for job in ((ROUTING,) if settings.signing_key is None else (ROUTING, *SIGNERS))
     ]
 
 

@@ -123,7 +123,8 @@ class Range(msgspec.Struct, frozen=True, kw_only=True, order=True):
 
 
 class Side(msgspec.Struct, frozen=True, kw_only=True):
-    """How one release answered. Latencies are milliseconds; errors are answers of status 500 and above."""
+    """How one release answered. Errors are answers of status 429, and of 500 and above; latencies are milliseconds, of
+    answers that were computed."""
 
     digest: str = ""
     requests: int = 0

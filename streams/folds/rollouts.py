@@ -27,6 +27,7 @@ from schemas.events import (
     RolloutHalted,
     RolloutPaused,
     RolloutResumed,
+    Side,
     Wave,
 )
 from streams.folds.wanted import Wanted
@@ -45,8 +46,9 @@ class Status(StrEnum):
 class Rollout(msgspec.Struct, frozen=True, kw_only=True):
     """The rollout of `wanted`. `before` is what was stable when it was released, and is again if it goes back.
 
-    `step` is the wave in force, counted from 0, the number of waves once it is done; it began with the record at
-    `since_position`, at `since_ms` of the broker. `judged_until_ms` is where the evidence of the last advance ends.
+    It began at `begun_ms` of the broker. `step` is the wave in force, counted from 0, the number of waves once it is
+    done; that began with the record at `since_position`, at `since_ms`. `judged_until_ms` is where the evidence of the
+    last advance ends, and `usual` how the stable release answered by it.
     """
 
     wanted: Wanted
@@ -55,9 +57,11 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True):
     step: int = 0
     status: Status = Status.ROLLING
     returned: bool = False
+    begun_ms: int
     since_position: int
     since_ms: int
     judged_until_ms: int = -1
+    usual: Side = Side()
 
     @property
     def at_once(self) -> bool:
@@ -97,7 +101,9 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True):
 def begun(wanted: Wanted, before: Wanted | None, at_ms: int) -> Rollout:
     """Of a release whose event stands at `wanted.position`, broker's time `at_ms`."""
     waves = wanted.released.plan.waves or AT_ONCE
-    return Rollout(wanted=wanted, before=before, waves=waves, since_position=wanted.position, since_ms=at_ms)
+    return Rollout(
+        wanted=wanted, before=before, waves=waves, begun_ms=at_ms, since_position=wanted.position, since_ms=at_ms
+    )
 
 
 def moved(rollout: Rollout | None, event: RolloutEvent, position: int, at_ms: int) -> Rollout:
@@ -134,6 +140,7 @@ def _advanced(rollout: Rollout, event: RolloutAdvanced, position: int, at_ms: in
         since_position=position,
         since_ms=at_ms,
         judged_until_ms=event.evidence.until_ms,
+        usual=event.evidence.stable if event.evidence.stable.requests else rollout.usual,
     )
 
 

@@ -8,7 +8,7 @@ values.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import numpy as np
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from schemas import codec
 from schemas.errors import EventRefused
 from schemas.events import TIERS, RequestBatch
+from streams.folds import latencies
 from streams.folds.step import Step
 from streams.log.record import Record
 
@@ -27,10 +28,7 @@ HIT_TIERS: Final = ("memory", "redis", "disk")
 # A vector of counts: requests, errors, rows lost, one per tier, then the latencies by bucket.
 _REQUESTS, _ERRORS, _LOST, _TIER = 0, 1, 2, 3
 _LATENCY: Final = _TIER + len(TIERS)
-# Eight buckets an octave, from 1 us to 2^32 us, read off a float's exponent and first three mantissa bits: 12 % wide,
-# the same on every machine (a logarithm is not), and 3 us for 1,000 rows where a search of the edges takes 20.
-_BUCKETS: Final = 32 * 8 + 1
-_SIZE: Final = _LATENCY + _BUCKETS
+_SIZE: Final = _LATENCY + latencies.BUCKETS
 _Counts = npt.NDArray[np.int64]
 
 
@@ -94,7 +92,7 @@ def window(state: Traffic, node: str, now_ms: int) -> Window:
     answered = requests - tiers[TIERS.index("none")]
     # A node heard of for two seconds is not a fifth as busy as it is.
     spanned = min(WINDOW_S, max(1.0, now_ms / 1000 - seconds[0].at))
-    p50, p99 = _quantiles(counts[_LATENCY:], (0.5, 0.99))
+    p50, p99 = latencies.quantiles_ms(counts[_LATENCY:], (0.5, 0.99))
     return Window(
         requests=requests,
         errors=errors,
@@ -114,28 +112,8 @@ def _counted(batch: RequestBatch) -> _Counts:
     counts[_ERRORS] = np.count_nonzero(np.frombuffer(batch.status, "<u2") >= 500)
     counts[_LOST] = min(max(batch.dropped, 0), 2**40)
     counts[_TIER:_LATENCY] = np.bincount(np.frombuffer(batch.tier, "u1"), minlength=len(TIERS))
-    counts[_LATENCY:] = np.bincount(_bucket(np.frombuffer(batch.latency_us, "<u4")), minlength=_BUCKETS)
+    counts[_LATENCY:] = latencies.histogram(np.frombuffer(batch.latency_us, "<u4"))
     return counts
-
-
-def _bucket(latency_us: npt.NDArray[np.uint32]) -> npt.NDArray[np.int32]:
-    bits: npt.NDArray[np.int32] = np.maximum(latency_us, 1).astype(np.float32).view(np.int32)
-    return (bits >> 20) - (127 << 3)
-
-
-def _middle_us() -> npt.NDArray[np.float64]:
-    index = np.arange(_BUCKETS)
-    return np.exp2(index // 8) * (1 + (index % 8 + 0.5) / 8)
-
-
-_MIDDLES_MS: Final = _middle_us() / 1e3
-
-
-def _quantiles(histogram: npt.NDArray[Any], shares: tuple[float, float]) -> tuple[float, float]:
-    cumulative = np.cumsum(histogram)
-    total = int(cumulative[-1])
-    first, second = (float(_MIDDLES_MS[np.searchsorted(cumulative, share * total)]) for share in shares)
-    return (first, second) if total else (0.0, 0.0)
 
 
 def _added(seconds: tuple[Second, ...], at: int, counts: _Counts) -> tuple[Second, ...]:
