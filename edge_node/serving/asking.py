@@ -127,10 +127,14 @@ def check(served: Served, rows: Sequence[Mapping[str, Array]], outputs: Sequence
         for inputs in rows:
             served.model.validate_inputs(inputs)
     else:
-        expected = {spec.name: spec for spec in served.inputs}
+        # The rest is the origin's to check, which has the model.
+        known_inputs = {spec.name for spec in served.inputs}
+        required = {spec.name for spec in served.inputs if not spec.optional}
         for inputs in rows:
-            for name in inputs.keys() ^ expected.keys():
-                raise BadTensor(f"input {name[:80]!r} is {'unknown' if name in inputs else 'missing'}")
+            for name in sorted(inputs.keys() - known_inputs):
+                raise BadTensor(f"input {name[:80]!r} is unknown")
+            for name in sorted(required - inputs.keys()):
+                raise BadTensor(f"input {name[:80]!r} is missing")
 
 
 def _landing(flight: Flight, ask: Ask) -> asyncio.Future[Found]:

@@ -1,7 +1,7 @@
 """What a request's headers ask of the caches, and what an answer's headers say of them. No I/O.
 
     asked   Cache-Control: no-cache | no-store | only-if-cached | max-age=N · mlcdn-tags · mlcdn-deadline-ms
-            mlcdn-tenant · traceparent
+            mlcdn-cohort · mlcdn-tenant · traceparent
     said    Cache-Status (RFC 9211) · Age · mlcdn-model · mlcdn-digest · mlcdn-position · mlcdn-cache-key
 
 Laws: a directive that is not understood is ignored, as RFC 9111 has it; a header of ours that is wrong is refused. With
@@ -24,15 +24,24 @@ from schemas.errors import BadInput
 
 MAX_TAGS: Final = 32
 MAX_TAG: Final = 256
+MAX_COHORT: Final = 256
 MAX_DEADLINE_MS: Final = 600_000
 _READ: Final = frozenset(
-    {b"cache-control", b"traceparent", b"authorization", b"mlcdn-tenant", b"mlcdn-tags", b"mlcdn-deadline-ms"}
+    {
+        b"cache-control",
+        b"traceparent",
+        b"authorization",
+        b"mlcdn-tenant",
+        b"mlcdn-tags",
+        b"mlcdn-deadline-ms",
+        b"mlcdn-cohort",
+    }
 )
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 class Controls(msgspec.Struct, frozen=True, kw_only=True):
-    """`as_of` is the fence's stamp from before any input was read."""
+    """`as_of` is the fence's stamp from before any input was read; `cohort` is empty where the request names none."""
 
     as_of: int
     no_cache: bool = False
@@ -42,6 +51,7 @@ class Controls(msgspec.Struct, frozen=True, kw_only=True):
     tags: frozenset[str] = frozenset()
     deadline_ms: int | None = None
     tenant: str = ""
+    cohort: str = ""
     traceparent: str = ""
 
 
@@ -94,6 +104,7 @@ def controls_of(raw: Iterable[tuple[bytes, bytes]], as_of: int, *, gateway: bool
         tags=_tags(headers.get("mlcdn-tags", "")),
         deadline_ms=_deadline(headers.get("mlcdn-deadline-ms")),
         tenant=_tenant(headers.get("mlcdn-tenant", "") if gateway else "", headers.get("authorization", "")),
+        cohort=_cohort(headers.get("mlcdn-cohort")),
         traceparent=traceparent if _TRACEPARENT.fullmatch(traceparent) else "",
     )
 
@@ -115,6 +126,14 @@ def _tags(value: str) -> frozenset[str]:
     if len(tags) > MAX_TAGS or any(len(t) > MAX_TAG or not t.isprintable() for t in tags):
         raise BadInput(f"mlcdn-tags takes at most {MAX_TAGS} tags of at most {MAX_TAG} printable characters")
     return tags
+
+
+def _cohort(value: str | None) -> str:
+    if value is None:
+        return ""
+    if not (0 < len(value) <= MAX_COHORT and value.isprintable()):
+        raise BadInput(f"mlcdn-cohort is 1 to {MAX_COHORT} printable characters")
+    return value
 
 
 def _deadline(value: str | None) -> int | None:

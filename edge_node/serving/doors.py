@@ -3,7 +3,8 @@
     /predict         one row of the only required input      /batch_predict   rows, each looked up by itself
     /v2/…/infer      Open Inference Protocol v2, JSON or binary, in any mixture
 
-Laws: the fence is read before the body; what could not be worded is refused before it is run; each request that names a
+Laws: the fence is read before the body; one release answers a request, and a path with a version says which; what could
+not be worded is refused before it is run; each request that names a
 model is noted once, however it ends.
 
 It must not know tiers, sessions, the log, or which path leads here.
@@ -18,9 +19,10 @@ from starlette.responses import Response
 from edge_node.serving import answers
 from edge_node.serving.asking import Asking
 from edge_node.serving.bodies import JSON_LENGTH, read_body, whole
+from edge_node.serving.choosing import chosen
 from edge_node.serving.controls import Consulted, Controls, controls_of
 from edge_node.serving.gate import Note, note
-from edge_node.serving.model_slot import Slots
+from edge_node.serving.model_slot import ModelSlot, Slots
 from edge_node.serving.predict import Answer
 from edge_node.serving.reporter import Identity
 from edge_node.serving.repository import named
@@ -32,6 +34,7 @@ from schemas.errors import BadInput, BadTensor
 from schemas.events import ModelRef
 
 _PREDICT = msgspec.json.Decoder(oip.PredictRequest)
+Inputs = dict[str, oip.Array]
 _BATCH = msgspec.json.Decoder(oip.BatchPredictRequest)
 
 
@@ -49,10 +52,15 @@ class PredictionDoors:
         noted = note(request.scope)
         controls = self._controls(request)
         asked = oip.parse(await self._body(request, noted), _PREDICT)
-        served = self._meant(asked.model, noted)
-        spec = _only_input(served)
-        answers.check_json(served)
-        row = {spec.name: oip.row_of(spec, asked.features)}
+        slot = self._meant(asked.model, noted)
+
+        def read(served: Served) -> Inputs:
+            spec = _only_input(served)
+            answers.check_json(served)
+            return {spec.name: oip.row_of(spec, asked.features)}
+
+        served, row = chosen(slot, controls.cohort, read, lambda by, row: [by.key_of(row, None, None, controls.tenant)])
+        _named(noted, served)
         answer = await self._asking.predict(served, row, None, controls)
         _answered(noted, answer)
         body = answers.predict_answer(served, answer, self._identity.region)
@@ -62,12 +70,19 @@ class PredictionDoors:
         noted = note(request.scope)
         controls = self._controls(request)
         asked = oip.parse(await self._body(request, noted), _BATCH)
-        served = self._meant(asked.model, noted)
+        slot = self._meant(asked.model, noted)
         if not 0 < len(asked.features) <= self._limits.batch_rows:
             raise BadInput(f"features has {len(asked.features)} rows; a batch has 1 to {self._limits.batch_rows}")
-        spec = _only_input(served)
-        answers.check_json(served)
-        rows = [{spec.name: _row(spec, features, i)} for i, features in enumerate(asked.features)]
+
+        def read(served: Served) -> list[Inputs]:
+            spec = _only_input(served)
+            answers.check_json(served)
+            return [{spec.name: _row(spec, features, i)} for i, features in enumerate(asked.features)]
+
+        served, rows = chosen(
+            slot, controls.cohort, read, lambda by, rows: [by.key_of(r, None, None, controls.tenant) for r in rows]
+        )
+        _named(noted, served)
         found = await self._asking.predict_rows(served, rows, controls)
         computed = [a for a in found if not a.cached]
         _answered(noted, computed[0] if computed else found[0])
@@ -84,11 +99,24 @@ class PredictionDoors:
         served = named(self._slots, request)
         _named(noted, served)
         asked, binary = oip.parse_infer(body, request.headers.get(JSON_LENGTH))
-        oip.check_datatypes(asked, served.inputs)
-        inputs = oip.tensors_of(asked, binary)
-        if list(inputs) == [""]:
-            # Our client does not ask for the signature first: its one tensor is the model's one input.
-            inputs = {_only_input(served).name: inputs[""]}
+
+        def read(served: Served) -> Inputs:
+            oip.check_datatypes(asked, served.inputs)
+            inputs = oip.tensors_of(asked, binary)
+            if list(inputs) == [""]:
+                # Our client does not ask for the signature first: its one tensor is the model's one input.
+                inputs = {_only_input(served).name: inputs[""]}
+            return inputs
+
+        if "version" in request.path_params:
+            inputs = read(served)
+        else:
+            slot = self._slots.get(served.name)
+            names, meaning = asked.output_names, asked.meaning
+            served, inputs = chosen(
+                slot, controls.cohort, read, lambda by, inputs: [by.key_of(inputs, names, meaning, controls.tenant)]
+            )
+            _named(noted, served)
         # What leads a tensor of another model is no number of rows: a fixed 10,000 is a valid signature.
         has_rows = served.wanted.released.batching.batchable
         if has_rows and any(array.shape and array.shape[0] > self._limits.batch_rows for array in inputs.values()):
@@ -106,10 +134,10 @@ class PredictionDoors:
         noted.request_bytes = len(body)
         return body
 
-    def _meant(self, name: str | None, noted: Note) -> Served:
-        served = self._slots.meant(name).serving
-        _named(noted, served)
-        return served
+    def _meant(self, name: str | None, noted: Note) -> ModelSlot:
+        slot = self._slots.meant(name)
+        _named(noted, slot.serving)
+        return slot
 
 
 def _named(noted: Note, served: Served) -> None:

@@ -21,6 +21,7 @@ from edge_node.serving.origin_client import OriginClient
 from edge_node.serving.reporter import Identity, Reporter
 from edge_node.serving.swaps import Swaps
 from schemas.metrics import gauge
+from streams.folds.wanted import Channel
 
 LOG_SILENT_S: Final = 3.0
 ORIGIN_TIMEOUT_S: Final = 0.4
@@ -67,9 +68,7 @@ class Health:
             "serving": self.ready,
             "degraded": degraded,
             "dependencies": {name: "ok" if answers else "degraded" for name, answers in parts.items()},
-            "models": {
-                m.name: {"state": m.state, "version": m.version, "error": m.error} for m in self._swaps.standing()
-            },
+            "models": self._models(),
             "lookup_ms": {tier: round(seconds * 1e3, 3) for tier, seconds in self._cache.lookup_s().items()},
             "positions": self._view.positions,
             "node": self._identity.node,
@@ -86,6 +85,19 @@ class Health:
             registry = CollectorRegistry()
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return generate_latest(registry), CONTENT_TYPE_LATEST
+
+    def _models(self) -> dict[str, Any]:
+        """By name; a model's candidate is said with it."""
+        said: dict[str, Any] = {}
+        for m in self._swaps.standing():
+            one: dict[str, Any] = {"state": m.state, "version": m.version, "error": m.error}
+            if m.channel == Channel.CANDIDATE:
+                one["percent"] = self._swaps.percent(m.name)
+                # A first release has nothing beside it.
+                said.setdefault(m.name, {"state": m.state, "version": m.version, "error": m.error})["candidate"] = one
+            else:
+                said[m.name] = one
+        return said
 
     async def _origin_up(self, origin: OriginClient) -> bool:
         if time.monotonic() - self._origin_at > ORIGIN_REMEMBERED_S:

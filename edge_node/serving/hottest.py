@@ -36,7 +36,13 @@ class Hottest:
 
     def take(self, model: str) -> list[Ask]:
         """The latest first; they are forgotten, since another release answers from here on."""
-        asks = self._of.pop(model, {}).values()
+        asks = self.known(model)
+        self._of.pop(model, None)
+        return asks
+
+    def known(self, model: str) -> list[Ask]:
+        """The latest first."""
+        asks = self._of.get(model, {}).values()
         return [
             ask
             for ask in reversed(asks)

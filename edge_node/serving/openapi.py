@@ -33,6 +33,7 @@ _ASKING: Final = (404, 503)
 _CONTROLS: Final = {
     "cache-control": "no-cache, no-store, only-if-cached and max-age=N, as RFC 9111 has them.",
     "mlcdn-tags": "Tags of the answer, by which it can be invalidated.",
+    "mlcdn-cohort": "Whose requests are answered by one release while a candidate answers a share of them.",
     "mlcdn-deadline-ms": "When the caller stops waiting.",
     "traceparent": "Passed on.",
 }

@@ -115,8 +115,10 @@ SCHEMAS: Final[dict[str, Schema]] = {
             "platform": TEXT,
             "inputs": _list(ref("TensorMetadata")),
             "outputs": _list(ref("TensorMetadata")),
-        }
+        },
+        {"parameters": _object({}, {"candidate": ref("Candidate")})},
     ),
+    "Candidate": _object({"version": TEXT, "digest": TEXT, "percent": NUMBER}),
     "ModelReady": _object({"name": TEXT, "ready": FLAG}),
     "ConfiguredTensor": _object({"name": TEXT, "data_type": TEXT, "dims": SHAPE}, {"optional": FLAG}),
     "ModelConfig": _object(
@@ -133,6 +135,7 @@ SCHEMAS: Final[dict[str, Schema]] = {
                     "version": TEXT,
                     "digest": TEXT,
                     "channel": TEXT,
+                    "candidate": {"oneOf": [ref("Candidate"), {"type": "null"}]},
                     "placement": _object({"wanted": TEXT, "answers": TEXT}),
                     "batching": _object({"batchable": FLAG, "reason": TEXT, "max_size": WHOLE, "max_delay_us": WHOLE}),
                     "limits": _object(

@@ -1,6 +1,7 @@
 """What a worker says of its models: metadata, configuration, versions, the index. No I/O.
 
-    versions   the live one, and the one before it while its session is loaded: a client that names it is served by it
+    versions   the usual one, its candidate, and the one before while its session is loaded: a client that names one of
+               them is served by it
     config     Triton's names, so that its tools read it, and `mlcdn`: what Triton has no words for
 
 Laws: only what is true of this worker now is said; what a model cannot do is said with its reason. Which models there
@@ -43,11 +44,13 @@ def named(slots: Slots, request: Request) -> Served:
 
 
 def versions(slot: ModelSlot) -> list[Served]:
-    """The live one first."""
-    live, before = slot.serving, slot.previous
-    if before is None or before.model is None or before.wanted.version == live.wanted.version:
-        return [live]
-    return [live, before]
+    """The usual one first. Of two with one label the first is meant by it."""
+    before = slot.previous if slot.previous is not None and slot.previous.model is not None else None
+    found: dict[str, Served] = {}
+    for served in (slot.serving, slot.candidate, before):
+        if served is not None:
+            found.setdefault(served.wanted.version, served)
+    return list(found.values())
 
 
 def ref_of(served: Served) -> ModelRef:
@@ -61,7 +64,16 @@ def metadata(slot: ModelSlot, served: Served) -> dict[str, Any]:
         "platform": PLATFORM,
         "inputs": [_tensor(spec, served) for spec in served.inputs],
         "outputs": [_tensor(spec, served) for spec in served.outputs],
+        **({"parameters": {"candidate": candidate_of(slot)}} if slot.candidate is not None else {}),
     }
+
+
+def candidate_of(slot: ModelSlot) -> dict[str, Any] | None:
+    """What answers a share of a model's requests, and how large a share; None where nothing does."""
+    candidate = slot.candidate
+    if candidate is None:
+        return None
+    return {"version": candidate.wanted.version, "digest": candidate.digest, "percent": slot.percent}
 
 
 def index(slots: Slots, ready_only: bool) -> list[dict[str, str]]:
@@ -74,11 +86,16 @@ def index(slots: Slots, ready_only: bool) -> list[dict[str, str]]:
             if not ready_only:
                 entries.append({"name": slot.name, "state": state, "reason": str(error)})
             continue
-        entries += [{"name": s.name, "version": s.wanted.version, "state": "READY", "reason": ""} for s in there]
+        entries += [_entry(slot, served) for served in there]
     return sorted(entries, key=lambda entry: entry["name"])
 
 
-def config(served: Served, choice: TierChoice, most_rows: int, most_bytes: int) -> dict[str, Any]:
+def _entry(slot: ModelSlot, served: Served) -> dict[str, str]:
+    reason = f"the candidate, for {slot.percent:g} percent of the requests" if served is slot.candidate else ""
+    return {"name": served.name, "version": served.wanted.version, "state": "READY", "reason": reason}
+
+
+def config(slot: ModelSlot, served: Served, choice: TierChoice, most_rows: int, most_bytes: int) -> dict[str, Any]:
     released = served.wanted.released
     batching, cache, limits = released.batching, released.cache, released.limits
     reason = not_batchable(served)
@@ -98,6 +115,7 @@ def config(served: Served, choice: TierChoice, most_rows: int, most_bytes: int) 
             "version": served.wanted.version,
             "digest": served.digest,
             "channel": served.channel,
+            "candidate": candidate_of(slot),
             "placement": {"wanted": str(released.placement), "answers": "edge" if served.model else "origin"},
             "batching": {
                 "batchable": not reason,

@@ -100,9 +100,9 @@ class Doors(PredictionDoors):
         return _json({"name": served.name, "ready": True}, headers=answers.model_headers(served))
 
     async def model_config(self, request: Request) -> Response:
-        _, served = self._at(request)
+        slot, served = self._at(request)
         said = repository.config(
-            served, self._predictor.tiers_of(served), self._limits.batch_rows, self._limits.body_bytes
+            slot, served, self._predictor.tiers_of(served), self._limits.batch_rows, self._limits.body_bytes
         )
         return _json(said, headers=answers.model_headers(served))
 
@@ -112,7 +112,7 @@ class Doors(PredictionDoors):
         return _json({"model_stats": [self.statistics.said(repository.ref_of(each)) for each in asked]})
 
     async def all_stats(self, _: Request) -> Response:
-        there = [each for slot in self._slots if slot.current for each in repository.versions(slot)]
+        there = [each for slot in self._slots if slot.usual for each in repository.versions(slot)]
         return _json({"model_stats": [self.statistics.said(repository.ref_of(each)) for each in there]})
 
     async def index(self, request: Request) -> Response:

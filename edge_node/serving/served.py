@@ -19,7 +19,7 @@ from edge_node.serving.placement import RunCost
 from inference.datatypes import FREE, TensorSpec
 from inference.onnx_model import OnnxModel
 from schemas.events import Tensor
-from streams.folds.wanted import Wanted
+from streams.folds.wanted import Channel, Wanted, seat
 
 if TYPE_CHECKING:
     from edge_node.serving.engine import Engine
@@ -37,7 +37,7 @@ class Prepared(msgspec.Struct, frozen=True):
 class Served:
     """A release that answers: from its session, or, where there is none, from the origin."""
 
-    def __init__(self, wanted: Wanted, channel: str, prepared: Prepared | None, path: str = "") -> None:
+    def __init__(self, wanted: Wanted, channel: Channel, prepared: Prepared | None, path: str = "") -> None:
         """`path` is its file's, in the node's directory."""
         self.wanted, self.channel, self.path = wanted, channel, path
         self.model = prepared.model if prepared is not None else None
@@ -64,6 +64,10 @@ class Served:
     @property
     def name(self) -> str:
         return self.wanted.model
+
+    @property
+    def seat(self) -> str:
+        return seat(self.name, self.channel)
 
     @property
     def digest(self) -> str:
@@ -123,4 +127,4 @@ class Served:
 
 
 def _specs(tensors: Sequence[Tensor]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(t.name, t.datatype, t.shape) for t in tensors)
+    return tuple(TensorSpec(t.name, t.datatype, t.shape, optional=t.optional, ranked=t.ranked) for t in tensors)

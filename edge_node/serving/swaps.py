@@ -1,6 +1,8 @@
 """Takes over what the board says should be served, and reports how that went.
 
-    a board that changed → per model: load · warm · prefill (preparing.py) · swap one reference → ModelSwapped, or SwapFailed
+    a board that changed → per seat: load · warm · prefill (preparing.py) · swap one reference → ModelSwapped, or SwapFailed
+
+A model's seats are the stable one, ``m``, and the candidate's, ``m@candidate``, which is seated once the stable one is.
 
 Laws:
 - Level, not edge: what is served is compared with what the board says, so a missed change, a crash or a repetition are
@@ -8,6 +10,9 @@ Laws:
 - Nothing that answers is touched before its successor is warm; a release that cannot be taken over leaves it as it is,
   is said once a cause, and is tried again with growing pauses, at once when the board changes.
 - The answers to the hottest requests are known before the first of them is asked of the new release.
+- No request goes back to what it had left: a candidate that has become the stable release answers its share until the
+  stable seat has it, which takes its session over. One that was taken back is dropped at once, and a percentage alone
+  is a number that changes.
 - A session that there is no room for is let go, and loaded again for the next request that needs it.
 
 It must not know requests, caches or where artifacts come from.
@@ -36,8 +41,8 @@ from edge_node.serving.served import Prepared, Served
 from inference.onnx_model import SessionSettings
 from schemas.errors import NotReady
 from schemas.events import Event, ModelSwapped, ServedModel, SwapFailed
-from schemas.metrics import counter, histogram
-from streams.folds.wanted import Wanted
+from schemas.metrics import counter, gauge, histogram
+from streams.folds.wanted import Channel, Seated, Wanted, model_of, seat
 
 LOOK_AT_MEMORY_S: Final = 1.0
 RETRY_S: Final = (1.0, 2.0, 5.0, 15.0, 30.0)
@@ -50,9 +55,9 @@ class Say(Protocol):
 
 
 class _Ready(msgspec.Struct, frozen=True):
-    """A session, and what it answers to the requests that are asked most."""
+    """A session, or None where the origin answers; and what it answers to the requests that are asked most."""
 
-    prepared: Prepared
+    prepared: Prepared | None = None
     answers: list[tuple[Ask, bytes]] = []
 
 
@@ -86,44 +91,49 @@ class Swaps:
         self._failures: dict[str, _Failure] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
         self._retiring: set[asyncio.Task[None]] = set()
-        self._waking: dict[str, asyncio.Task[None]] = {}
+        self._waking: dict[Served, asyncio.Task[None]] = {}
         self._next_look = 0.0
 
     @property
     def settled(self) -> bool:
-        """No model that has a file and never served is still on its way: what the worker can serve, it serves."""
+        """No seat that is on the board and was never served is still on its way: what the worker can serve, it serves."""
         targets = self._board.models if self._board else {}
-        return all(
-            name in self._failures or ((slot := self._slots.find(name)) is not None and slot.current is not None)
-            for name in targets
-        )
+        return all(self._settled(name, target) for name, target in targets.items())
 
     def follow(self, board: BoardFile) -> None:
         self._board = board
-        for name in board.models:
-            self._slots.add(name)
+        models = {model_of(name) for name in board.models}
+        for model in models:
+            self._slots.add(model)
         for slot in self._slots:
-            if slot.name not in board.models:
+            if slot.name in models:
+                self._see_to_candidate(slot)
+            else:
                 self._retire(slot.name)
         self._failures = {n: f for n, f in self._failures.items() if board.models.get(n) == f.target}
         self.tend()
 
     def tend(self) -> None:
-        """Starts a take-over for every model that is not what it should be."""
+        """Starts a take-over for every seat that is not what it should be."""
         self._let_go()
         for name, target in (self._board.models if self._board else {}).items():
             failure = self._failures.get(name)
             due = failure is None or failure.retry_at <= time.monotonic()
-            if name not in self._running and due and not _is_served(self._slots.find(name), target):
+            if name not in self._running and due and not self._is_served(target) and self._has_its_turn(target):
                 task = asyncio.get_running_loop().create_task(self._take_over(name, target))
                 self._running[name] = task
                 task.add_done_callback(partial(self._ended, name))
 
     def standing(self) -> tuple[ServedModel, ...]:
-        """For the beat: every model that is served or should be."""
+        """For the beat: every seat that is served or should be, a model's stable one first."""
         desired = self._board.desired if self._board else {}
-        names = sorted({slot.name for slot in self._slots} | set(desired))
-        return tuple(self._standing_of(name, seated.wanted if (seated := desired.get(name)) else None) for name in names)
+        there = {served.seat for slot in self._slots for served in (slot.current, slot.candidate) if served is not None}
+        return tuple(self._standing_of(name, desired.get(name)) for name in sorted(there | set(desired)))
+
+    def percent(self, model: str) -> float:
+        """Of its requests, as its candidate answers them now."""
+        slot = self._slots.find(model)
+        return slot.percent if slot is not None else 0.0
 
     async def close(self) -> None:
         tasks = [*self._running.values(), *self._retiring, *self._waking.values()]
@@ -135,55 +145,105 @@ class Swaps:
     def _ended(self, name: str, _: asyncio.Task[None]) -> None:
         self._running.pop(name, None)
 
-    def _standing_of(self, name: str, wanted: Wanted | None) -> ServedModel:
-        slot = self._slots.find(name)
-        current = slot.current if slot else None
-        shown = current.wanted if current else wanted
-        assert shown is not None, "a slot that neither serves nor should is removed"
-        error = (slot.error if slot else "") or (self._board.errors.get(name, "") if self._board else "")
+    def _standing_of(self, name: str, seated: Seated | None) -> ServedModel:
+        slot, wanted = self._slots.find(model_of(name)), seated.wanted if seated is not None else None
+        current = slot.on(name) if slot is not None else None
+        shown = current.wanted if current is not None else wanted
+        assert shown is not None, "a seat that neither serves nor should is not said"
+        error = (slot.errors.get(name, "") if slot else "") or (self._board.errors.get(name, "") if self._board else "")
         behind = wanted is not None and (current is None or current.wanted.sequence != wanted.sequence)
         if behind and error:
             state = "failed"
         elif behind:
-            state = "loading" if slot is not None and slot.loading else "pending"
+            state = "loading" if slot is not None and name in slot.loading else "pending"
         else:
             state = "live" if current is not None and current.model is not None else "forwarded"
+        channel = seated.channel if seated is not None else current.channel if current is not None else Channel.STABLE
         return ServedModel(
-            name=name,
+            name=shown.model,
             version=shown.version,
             digest=shown.digest if current else "",
             sequence=shown.sequence if current else 0,
-            channel=current.channel if current else "stable",
+            channel=channel,
             state=state,
             error=error[:500] if behind else "",
         )
 
+    # -- which seat is next
+
+    def _settled(self, name: str, target: BoardModel) -> bool:
+        slot = self._slots.find(target.wanted.model)
+        if name in self._failures or (slot is not None and slot.on(name) is not None):
+            return True
+        # A candidate has no turn where nothing stable could be taken over.
+        return not self._has_its_turn(target) and target.wanted.model in self._failures
+
+    def _has_its_turn(self, target: BoardModel) -> bool:
+        """A candidate's share is of the requests of the release that should be stable: that one is seated first."""
+        model = target.wanted.model
+        stable = self._board.models.get(model) if self._board else None
+        if target.channel is Channel.STABLE or stable is None:
+            return True
+        slot = self._slots.find(model)
+        seated = slot is not None and slot.current is not None
+        return seated and (self._is_served(stable) or model in self._failures)
+
+    def _is_served(self, target: BoardModel) -> bool:
+        slot = self._slots.find(target.wanted.model)
+        served = slot.on(seat(target.wanted.model, target.channel)) if slot is not None else None
+        return (
+            served is not None and _is_same(served.wanted, target.wanted) and (served.model is None) == target.forwarded
+        )
+
+    def _see_to_candidate(self, slot: ModelSlot) -> None:
+        """Its share, or its end. What has become the stable release stays until the stable seat has it."""
+        assert self._board is not None
+        candidate, told = slot.candidate, self._board.models.get(seat(slot.name, Channel.CANDIDATE))
+        if candidate is None:
+            return
+        if told is not None and _is_same(told.wanted, candidate.wanted):
+            slot.share(told.percent)
+        elif slot.current is not None:
+            stable = self._board.models.get(slot.name)
+            if stable is None or stable.wanted.digest != candidate.digest or self._is_served(stable):
+                log.info("candidate_dropped", model=slot.name, version=candidate.wanted.version)
+                slot.drop_candidate()
+        _say_share(slot)
+
+    # -- taking over
+
     async def _take_over(self, name: str, target: BoardModel) -> None:
-        slot, wanted = self._slots.find(name), target.wanted
+        slot, wanted = self._slots.find(target.wanted.model), target.wanted
         if slot is None:
             return
-        slot.loading = True
+        slot.loading.add(name)
         ms: dict[str, float] = dict(target.ms)
         try:
-            ready = None if target.forwarded else await self._prepare(slot, target, ms)
+            ready = _Ready() if target.forwarded else await self._prepare(slot, target, ms)
         except PhaseFailed as failed:
-            self._failed(slot, target, failed)
+            self._failed(name, slot, target, failed)
             return
         finally:
-            slot.loading = False
-        if self._slots.find(name) is not slot:
-            # Retired while it was loading.
-            if ready is not None:
+            slot.loading.discard(name)
+        told = self._board.models.get(name) if self._board else None
+        if self._slots.find(slot.name) is not slot or told is None or not _is_same(told.wanted, wanted):
+            # Retired, taken back or followed by another while it was loading.
+            if ready.prepared is not None and not slot.has(ready.prepared.model):
                 ready.prepared.model.close()
             return
         began = time.perf_counter()
-        new = Served(wanted, target.channel, ready.prepared if ready is not None else None, target.path or "")
-        if ready is not None and ready.answers:
+        new = Served(wanted, target.channel, ready.prepared, target.path or "")
+        if ready.answers:
             self._answers.prefill(new, ready.answers)
-        old = slot.swap(new)
+        if target.channel is Channel.CANDIDATE:
+            old = slot.seat_candidate(new, told.percent)
+            _say_share(slot)
+        else:
+            old = slot.swap(new)
+            self._see_to_candidate(slot)
         ms["swap"] = (time.perf_counter() - began) * 1e3
         self._failures.pop(name, None)
-        counter("mlcdn_swaps_total").labels(name, "swapped").inc()
+        counter("mlcdn_swaps_total").labels(slot.name, "swapped").inc()
         for phase, value in ms.items():
             histogram("mlcdn_swap_phase_seconds").labels(phase).observe(value / 1e3)
         log.info("model_swapped", model=name, version=wanted.version, digest=wanted.digest[:12], ms=ms)
@@ -200,28 +260,42 @@ class Swaps:
 
     async def _prepare(self, slot: ModelSlot, target: BoardModel, ms: dict[str, float]) -> _Ready:
         loaded = slot.loaded(target.wanted.digest)
-        if loaded is not None:
+        if loaded is not None and not slot.is_candidates(loaded.model):
+            # A rollback, which is urgent; what it answered before, caches still know.
             return _Ready(loaded)
-        if target.path is None:
-            raise PhaseFailed("load", "the board names no file")
-        golden = self._directory / target.golden_path if target.golden_path else None
-        quiet = slot.current is not None
-        prepared = await self._preparing.prepare(target.wanted, self._directory / target.path, golden, quiet, ms)
-        asks = self._answers.hottest.take(slot.name) if target.wanted.released.cache.enabled else []
+        prepared = loaded or await self._load(slot, target, ms)
+        asks = self._asked_most(slot, target)
         if not asks:
             return _Ready(prepared)
         try:
             return _Ready(prepared, await self._preparing.prefill(prepared, asks, ms))
         except BaseException:
-            prepared.model.close()
+            if loaded is None:
+                prepared.model.close()
             raise
+
+    async def _load(self, slot: ModelSlot, target: BoardModel, ms: dict[str, float]) -> Prepared:
+        if target.path is None:
+            raise PhaseFailed("load", "the board names no file")
+        golden = self._directory / target.golden_path if target.golden_path else None
+        quiet = slot.usual is not None
+        return await self._preparing.prepare(target.wanted, self._directory / target.path, golden, quiet, ms)
+
+    def _asked_most(self, slot: ModelSlot, target: BoardModel) -> list[Ask]:
+        """Of other releases than itself."""
+        hottest = self._answers.hottest
+        if not target.wanted.released.cache.enabled:
+            return []
+        # The stable release goes on beside its candidate, and what is asked of it most stays known.
+        asks = hottest.known(slot.name) if target.channel is Channel.CANDIDATE else hottest.take(slot.name)
+        return [ask for ask in asks if ask.served.digest != target.wanted.digest]
 
     def wake(self, served: Served) -> None:
         """The engine has work for a session that was let go."""
-        if served.digest not in self._waking and served.engine is not None:
+        if served not in self._waking and served.engine is not None:
             task = asyncio.get_running_loop().create_task(self._wake(served, served.engine))
-            self._waking[served.digest] = task
-            task.add_done_callback(lambda _: self._waking.pop(served.digest, None))
+            self._waking[served] = task
+            task.add_done_callback(lambda _: self._waking.pop(served, None))
 
     async def _wake(self, served: Served, engine: Engine) -> None:
         assert served.model is not None
@@ -231,6 +305,11 @@ class Swaps:
         except PhaseFailed as failed:
             log.error("session_not_loaded_again", model=served.name, cause=failed.cause)
             engine.woken(served, NotReady(f"model {served.name} could not be loaded again"))
+            return
+        slot = self._slots.find(served.name)
+        if not served.in_flight and (slot is None or not slot.has(served.model)):
+            # It left its seat meanwhile, and so did who waited for it.
+            model.close()
             return
         served.model.reopen(model)
         log.info("session_loaded_again", model=served.name, digest=served.digest[:12])
@@ -248,17 +327,17 @@ class Swaps:
                 log.info("session_let_go", model=name, which=which)
                 slot.let_go(which)
 
-    def _failed(self, slot: ModelSlot, target: BoardModel, failed: PhaseFailed) -> None:
-        before = self._failures.get(slot.name)
+    def _failed(self, name: str, slot: ModelSlot, target: BoardModel, failed: PhaseFailed) -> None:
+        before = self._failures.get(name)
         again = before is not None and before.target == target
         attempts = before.attempts + 1 if before is not None and again else 1
         pause = RETRY_S[min(attempts, len(RETRY_S)) - 1]
-        self._failures[slot.name] = _Failure(target, failed.cause, attempts, time.monotonic() + pause)
-        slot.error = f"{failed.phase}: {failed.cause}"
+        self._failures[name] = _Failure(target, failed.cause, attempts, time.monotonic() + pause)
+        slot.errors[name] = f"{failed.phase}: {failed.cause}"
         counter("mlcdn_swaps_total").labels(slot.name, "failed").inc()
         if before is not None and again and before.cause == failed.cause:
             return
-        log.error("swap_failed", model=slot.name, phase=failed.phase, cause=failed.cause)
+        log.error("swap_failed", model=name, phase=failed.phase, cause=failed.cause)
         self._say(
             SwapFailed(
                 **self._identity.fleet(), **_release(target.wanted), phase=failed.phase, cause=failed.cause[:500]
@@ -276,15 +355,12 @@ class Swaps:
             task.add_done_callback(self._retiring.discard)
 
 
-def _is_served(slot: ModelSlot | None, target: BoardModel) -> bool:
-    current = slot.current if slot else None
-    return (
-        current is not None
-        and (current.wanted.sequence, current.digest, current.wanted.cause)
-        == (target.wanted.sequence, target.wanted.digest, target.wanted.cause)
-        and current.channel == target.channel
-        and (current.model is None) == target.forwarded
-    )
+def _is_same(one: Wanted, other: Wanted) -> bool:
+    return (one.sequence, one.digest, one.cause) == (other.sequence, other.digest, other.cause)
+
+
+def _say_share(slot: ModelSlot) -> None:
+    gauge("mlcdn_candidate_percent").labels(slot.name).set(slot.percent if slot.candidate is not None else 0.0)
 
 
 def _release(wanted: Wanted) -> dict[str, Any]:

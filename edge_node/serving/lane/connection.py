@@ -93,7 +93,7 @@ class LaneProtocol(GuardedProtocol):
                     and t0 < repeat.until_ns
                     and repeat.stamp == lane.fence[PURGE]
                     and repeat.policy == lane.fence[POLICY]
-                    and repeat.slot.current is repeat.served
+                    and repeat.slot.turn == repeat.turn
                     and repeat.place.entry is repeat.entry
                 ):
                     self.transport.write(lane.start_of(200, self.server_state.default_headers) + repeat.wire)

@@ -4,7 +4,7 @@ Laws:
 - A head is admitted only after the HTTP parser took those very bytes, whole, as one request, and what it made of them is
   usual: POST, HTTP/1.1, kept alive, no upgrade, every header on the list and there once. The same bytes again then mean
   the same, and need no parsing.
-- Whatever may change an answer beside model and body is not on the list: credentials, tags, deadlines, cache controls,
+- Whatever may change an answer beside model and body is not on the list: credentials, tags, cohorts, deadlines, cache controls,
   trace contexts, codings. Such requests take the full path.
 - The bytes are those between the request's first byte and its body: they begin with the method, and every line that was
   parsed ends in CRLF.

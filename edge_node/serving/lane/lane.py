@@ -27,10 +27,12 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from edge_node.board import POLICY, Fence
 from edge_node.serving import answers
 from edge_node.serving.batches import Ask
+from edge_node.serving.cohorts import input_cohort
 from edge_node.serving.controls import Controls
 from edge_node.serving.encodings import encoded
 from edge_node.serving.flights import Found, Outcome
 from edge_node.serving.lane.bindings import NOT_USUAL, Binding, Taken, named_model
+from edge_node.serving.lane.heads import Head
 from edge_node.serving.lane.repeats import KnownHead, Repeat, Repeats
 from edge_node.serving.model_slot import ModelSlot, Slots
 from edge_node.serving.predict import Predictor, collapsed
@@ -142,22 +144,23 @@ class Lane:
         else:
             # The one that is meant without a name is nearly always the one that is named, too.
             slot = self._slots.find_meant(None) or self._slots.find_meant(named_model(body))
-        served = slot.current if slot is not None else None
+        served = slot.usual if slot is not None else None
         if slot is None or served is None or (head.version is not None and head.version != served.wanted.version):
             return None
         bound = self._bounds.get(served) or self._bind(served)
-        binding = bound.binding
-        if binding is None:
+        taken = _read(bound, head, body)
+        if taken is None:
             return None
-        if head.json_length is not None:
-            taken = binding.binary(body, head.json_length)
-        else:
-            taken = binding.infer(body) if head.door == "infer" else binding.predict(body)
+        if slot.split is not None and head.version is None:
+            chosen = slot.chosen(input_cohort((taken.key,)))
+            if chosen is not served:
+                bound = self._bounds.get(chosen) or self._bind(chosen)
+                taken = _read(bound, head, body)
         return None if taken is None else (slot, bound, taken)
 
     def _bind(self, served: Served) -> Bound:
         # Those that serve no more are let go with the next release.
-        serving = {slot.current for slot in self._slots}
+        serving = {served for slot in self._slots for served in (slot.usual, slot.candidate)}
         self._bounds = {s: b for s, b in self._bounds.items() if s in serving}
         bound = self._bounds[served] = Bound(served, self._max_rows, self._rows)
         return bound
@@ -183,7 +186,7 @@ class Lane:
             if age_ms >= 0 and left_ms > 0:
                 until = t0 + min(1_000 - age_ms % 1_000, left_ms % 1_000 + 1) * _MS
                 policy = self.fence[POLICY]
-                repeat = Repeat(wire.rest, until, ask.as_of, policy, bound.served, slot, place, entry, cells, 0)
+                repeat = Repeat(wire.rest, until, ask.as_of, policy, slot, slot.turn, place, entry, cells, 0)
                 self.repeats.put(known, body, repeat)
         self.row((t0, time.perf_counter_ns() - t0, cells))
         return wire
@@ -232,6 +235,16 @@ class Lane:
             log.warning("request_failed", status=status, cause=str(error))
         rest = b"".join((answers.written(headers), self._always, _EMPTY_LINE, body))
         return Wire(status, rest), len(body)
+
+
+def _read(bound: Bound, head: Head, body: bytes) -> Taken | None:
+    """As that release reads it; None, or one of `NOT_USUAL`, where the full path must."""
+    binding = bound.binding
+    if binding is None:
+        return None
+    if head.json_length is not None:
+        return binding.binary(body, head.json_length)
+    return binding.infer(body) if head.door == "infer" else binding.predict(body)
 
 
 class Bound:

@@ -3,7 +3,7 @@
 Laws:
 - A repeat is known from its second sighting on: a stream of requests that never repeat fills nothing.
 - It holds until anything in it would be said otherwise: its age and ttl, once a second; the purges and the board that it
-  obeyed; the release that serves; the entry that memory has.
+  obeyed; what answers, release or share; the entry that memory has.
 - Bounded by bytes, oldest first, and what was renewed of late goes round once more.
 
 It must not know how an answer is found or written.
@@ -20,7 +20,6 @@ from edge_node.caching.entry import Entry
 from edge_node.caching.memory_tier import Place
 from edge_node.serving.lane.heads import Head
 from edge_node.serving.model_slot import ModelSlot
-from edge_node.serving.served import Served
 
 MAX_HEADS: Final = 1_024
 _OVERHEAD: Final = 600
@@ -30,15 +29,15 @@ _ROUNDS: Final = 32
 class Repeat(msgspec.Struct, gc=False):
     """`wire` is all of the answer behind its date; `until_ns` on perf_counter_ns.
 
-    `slot.current` must be `served`, and `place.entry` the `entry` that it was made of.
+    `slot.turn` must still be `turn`, and `place.entry` the `entry` that it was made of.
     """
 
     wire: bytes
     until_ns: int
     stamp: int
     policy: int
-    served: Served
     slot: ModelSlot
+    turn: int
     place: Place
     entry: Entry
     cells: bytes
