@@ -202,9 +202,9 @@ def _of_positions(reader: LogReader, roots: tuple[bytes, ...], what: str, model:
         raise BadInput(f"position {purges} of {INVALIDATIONS.name} is beyond the log's last, {high - 1}")
     seats = [s.wanted for s in releases.desired(told, None).values() if model in (None, s.wanted.model)]
     picking = _Picking(what, frozenset(wanted.cause for wanted in seats), purges)
-    # A rollback says who went back; who brought the artifact, and why, says its release.
+    # A rollback says who went back; who brought the artifact, why, and how it was judged, says its release.
     picking.brought = {(wanted.model, wanted.released.sequence) for wanted in seats}
-    picking.releases = {(wanted.model, wanted.sequence) for wanted in seats}
+    picking.releases = {(wanted.model, wanted.sequence) for wanted in seats} | picking.brought
     return picking
 
 
