@@ -9,6 +9,10 @@ Laws:
 - Slot 3 says *caught up* only when every purge up to the high watermark is on the board. Until then purges are
   gathered: on a fresh node they are written in one go.
 - A record that this node refused in an earlier life is not dead-lettered again.
+- While the releases topic is not the log it was, or disputes itself, what is desired stays what it was before, and what is
+  served with it. Purges act in any case, once their signatures hold: they only take away. A topic whose positions are used
+  a second time begins a generation of the board, in which nothing cached before counts.
+- What was read without checking signatures, because an earlier life had, acts only once it is known to be the same log.
 
 It must not know Faust, artifacts or workers.
 """
@@ -18,17 +22,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
+import msgspec
 import structlog
 
+from edge_node.agent.log_watch import LogWatch
 from edge_node.agent.reconcile import Desired
 from edge_node.agent.rejections import Say
 from edge_node.board import CAUGHT_UP, INCARNATION, BoardWriter, LogIdentity
+from edge_node.board.log_memory import LogMemory
 from schemas import codec
 from schemas.errors import EventRefused
 from schemas.events import InvalidationApplied
 from schemas.metrics import gauge
 from schemas.topics import INVALIDATIONS, RELEASES
 from streams.folds import invalidations, releases
+from streams.folds.checkpoints import Alarm
 from streams.folds.invalidations import Invalidations, Purge, PurgeMap
 from streams.folds.releases import Releases
 from streams.log.record import Record
@@ -42,7 +50,11 @@ log = structlog.get_logger()
 
 
 class Control:
-    """One event loop owns it. `on_record`, `on_caught_up` and `on_recreated` are what a follower calls."""
+    """One event loop owns it. `on_record`, `on_caught_up` and `on_recreated` are what a follower calls.
+
+    `memory` is what an earlier life left. Once `doubted`, all that was read is good for nothing: what `to_remember` gives is
+    to be written, and another life to begin.
+    """
 
     def __init__(
         self,
@@ -55,6 +67,7 @@ class Control:
         topic_ids: Callable[[], dict[str, str]],
         now_ms: Callable[[], int],
         on_desired: Callable[[Desired | None, dict[str, int]], None],
+        memory: LogMemory | None = None,
     ) -> None:
         self._board, self._node, self._roots, self._say = board, node, roots, say
         self._fleet, self._topic_ids, self._now_ms, self._on_desired = fleet, topic_ids, now_ms, on_desired
@@ -62,21 +75,31 @@ class Control:
         self._invalidations = Invalidations.initial(roots)
         self._map = PurgeMap()
         self._pending: list[tuple[Purge, int]] = []
-        self.caught_up = False
-        self._desired = Desired()
+        # Event ids of what the log has at the position of the board's last purge, once that was read.
+        self._last_found: str | None = None
+        self.caught_up = self.doubted = False
+        memory = memory or LogMemory()
+        self._watches = {topic: LogWatch(topic, memory.topics.get(topic)) for topic in TOPICS}
+        self._alarms, self._alarms_new = memory.alarms, False
+        # What the releases topic last said while it could be believed; None where that was in an earlier life.
+        self._good: Releases | None = None
+        self._desired: Desired | None = None
 
     @property
     def positions(self) -> dict[str, int]:
-        return {RELEASES.name: self._releases.position, INVALIDATIONS.name: self._invalidations.position}
+        """Of the last records obeyed."""
+        good = self._good.position if self._good is not None else -1
+        return {RELEASES.name: good, INVALIDATIONS.name: self._invalidations.position}
 
     def on_record(self, record: Record) -> None:
         """Folds one record; raises EventRefused for one that must not act."""
         topic = record.topic
-        refused = self._release(record) if topic == RELEASES.name else self._invalidation(record)
+        known = self._watches[topic].signature(record, self._topic_ids().get(topic, ""))
+        refused = self._release(record, known) if topic == RELEASES.name else self._invalidation(record, known)
         gauge("mlcdn_log_position").labels(topic).set(record.offset)
         if self.caught_up:
             if topic == RELEASES.name:
-                self._desired = Desired.of(self._releases, self._fleet()["region"])
+                self._want()
             self._on_desired(self._desired, self.positions)
         if refused is not None and record.offset > self._folded_before(topic):
             raise refused
@@ -84,15 +107,30 @@ class Control:
     def on_caught_up(self) -> None:
         """Everything up to the high watermarks is folded: it goes on the board, then slot 3 says so."""
         ids = self._topic_ids()
+        releases_watch, purges_watch = self._watches[RELEASES.name], self._watches[INVALIDATIONS.name]
+        was = self._board.file.log if self._board.file is not None else None
+        same = [
+            releases_watch.settle(ids[RELEASES.name], was.releases_id if was else None),
+            purges_watch.settle(ids[INVALIDATIONS.name], was.invalidations_id if was else None, self._purge_lost()),
+        ]
+        if not all(same):
+            log.error("not_the_log_that_was_checked", same=dict(zip(TOPICS, same, strict=True)))
+            self.doubted = True
+            return
         identity = LogIdentity(
-            releases_id=ids[RELEASES.name],
-            invalidations_id=ids[INVALIDATIONS.name],
+            releases_id=releases_watch.identity,
+            invalidations_id=purges_watch.identity,
             catalogue=codec.catalogue_digest(),
         )
         self._board.begin(self._node, identity)
         self.caught_up = True
         self.flush()
-        self._desired = Desired.of(self._releases, self._fleet()["region"])
+        if releases_watch.another:
+            self._good = None
+        elif not releases_watch.holds:
+            self._good = self._releases
+        self._want()
+        self.look()
         self._on_desired(self._desired, self.positions)
         log.info("caught_up", positions=self.positions, models=len(self._releases.models))
 
@@ -100,10 +138,11 @@ class Control:
         """The topic was deleted and made again: what it said is folded anew, and until then nothing is planned."""
         self.caught_up = False
         self._on_desired(None, self.positions)
+        self._watches[topic].begin_again()
         if topic == RELEASES.name:
-            self._releases = Releases.initial(self._roots)
+            self._releases, self._good = Releases.initial(self._roots), None
         else:
-            self._invalidations, self._map = Invalidations.initial(self._roots), PurgeMap()
+            self._invalidations, self._map, self._last_found = Invalidations.initial(self._roots), PurgeMap(), None
             self._pending.clear()
 
     def flush(self) -> None:
@@ -120,13 +159,49 @@ class Control:
             self._pending.clear()
         self._board.fence.raise_to(CAUGHT_UP, self._board.fence[INCARNATION])
 
+    def look(self) -> None:
+        """Says which alarms are in force; a line in the log whenever one begins or ends."""
+        if not self.caught_up:
+            return
+        found = {topic: watch.alarms(self._now_ms()) for topic, watch in self._watches.items()}
+        for topic in TOPICS:
+            for reason in Alarm:
+                what, was = found[topic].get(reason), str(reason) in self._alarms.get(topic, {})
+                gauge("mlcdn_log_alarm").labels(topic, str(reason)).set(what is not None)
+                if what is not None and not was:
+                    log.error("log_alarm", topic=topic, reason=str(reason), what=what)
+                if what is None and was:
+                    log.warning("log_alarm_over", topic=topic, reason=str(reason))
+        said = {topic: {str(reason): what for reason, what in by.items()} for topic, by in found.items() if by}
+        self._alarms_new |= said != self._alarms
+        self._alarms = said
+
+    def to_remember(self) -> LogMemory | None:
+        """What the next life is to know, when it is worth a write."""
+        worth = self._alarms_new or any(watch.worth_remembering for watch in self._watches.values())
+        if not self.doubted and not (self.caught_up and worth):
+            return None
+        self._alarms_new = False
+        return LogMemory(
+            topics={topic: watch.remember(checked=not self.doubted) for topic, watch in self._watches.items()},
+            alarms=self._alarms,
+        )
+
     def compact(self) -> bool:
         """Begins a shorter purge log when the old one is long for what it says. The caller holds the board."""
         wanted = max(COMPACT_ABOVE_BYTES, 4 * len(self._map) * _BYTES_PER_PURGE)
         if not self.caught_up or self._pending or self._board.purge_bytes <= wanted:
             return False
-        self._board.compact_purges(self._map.purges())
+        purges = self._map.purges()
+        if purges and purges[-1].position == self._board.last_purge:
+            purges[-1] = msgspec.structs.replace(purges[-1], cause=self._board.last_cause)
+        self._board.compact_purges(purges)
         return True
+
+    def _purge_lost(self) -> bool:
+        """Whether the log has not, or no longer, at its position what was obeyed last."""
+        last = self._board.last_cause
+        return last != "" and self._last_found != last
 
     def _folded_before(self, topic: str) -> int:
         """How far an earlier life came in the very same topic."""
@@ -136,16 +211,27 @@ class Control:
         known = file.log.releases_id if topic == RELEASES.name else file.log.invalidations_id
         return file.positions.get(topic, -1) if known == self._topic_ids().get(topic) else -1
 
-    def _release(self, record: Record) -> EventRefused | None:
-        step = releases.fold(self._releases, record)
+    def _want(self) -> None:
+        self._desired = Desired.of(self._good, self._fleet()["region"]) if self._good is not None else None
+
+    def _release(self, record: Record, known: bool | None) -> EventRefused | None:
+        step = releases.fold(self._releases, record, known)
         self._releases = step.state
+        watch = self._watches[RELEASES.name]
+        watch.take(record, step.envelope.event if step.envelope else None, step.refused)
+        if not watch.holds:
+            self._good = self._releases
         return step.refused
 
-    def _invalidation(self, record: Record) -> EventRefused | None:
-        step = invalidations.fold(self._invalidations, record)
+    def _invalidation(self, record: Record, known: bool | None) -> EventRefused | None:
+        step = invalidations.fold(self._invalidations, record, known)
         self._invalidations = step.state
+        event = step.envelope.event if step.envelope else None
+        self._watches[INVALIDATIONS.name].take(record, event, step.refused)
         purge = invalidations.purge_of(step)
         if purge is not None:
+            if not self.caught_up and purge.position == self._board.last_purge:
+                self._last_found = purge.cause
             self._map.apply(purge)
             self._pending.append((purge, record.timestamp_ms))
             self.flush()

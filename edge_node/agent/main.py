@@ -2,6 +2,7 @@
 
     Follower (Faust, group mlcdn-agent-NODE) → Control → Installer → BoardWriter
     beside it: heartbeat every 200 ms · incarnation, once Kafka answers · neighbours, by their beats · sweep
+               · alarms of the log every second, and what the next life is to know of it
 
 Laws: it starts and waits while Kafka, the object store or Redis are away, and the board it found is served meanwhile; a
 second agent on the board is refused; when any part of it breaks the process ends, and the parent starts another.
@@ -29,6 +30,7 @@ from edge_node.agent.peer_fetch import PeerFetches
 from edge_node.agent.proving import Trials
 from edge_node.agent.sweep import sweep
 from edge_node.board import HEARTBEAT, INCARNATION, BoardWriter
+from edge_node.board.log_memory import LogMemoryFile
 from edge_node.peer_proof import key_of
 from inference.trial import TrialRunner
 from processes import logs
@@ -50,8 +52,13 @@ from streams.parts.pace import Pace
 HEARTBEAT_S: Final = 0.2
 SWEEP_S: Final = 60.0
 RETRY_S: Final = 2.0
+LOOK_S: Final = 1.0
 
 log = structlog.get_logger()
+
+
+class NotTheLog(Exception):
+    """What was read is not what an earlier life checked: the next life reads it all, and checks every signature."""
 
 
 class Agent:
@@ -68,6 +75,7 @@ class Agent:
         topic_ids: Callable[[], dict[str, str]],
     ) -> None:
         self._settings, self._board, self._reader, self._writer = settings, board, reader, writer
+        self._memory = LogMemoryFile(settings.dir)
         files = ModelFiles(settings.dir)
         key = key_of(settings.shared_peer_secret)
         self._neighbours = Neighbours(reader, settings.node, settings.region, settings.beat_s, wall_clock_ms)
@@ -105,6 +113,7 @@ class Agent:
             topic_ids=topic_ids,
             now_ms=wall_clock_ms,
             on_desired=self.installer.desire,
+            memory=self._memory.read(),
         )
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -115,6 +124,7 @@ class Agent:
                 group.create_task(self._beat()),
                 group.create_task(self._settle_incarnation()),
                 group.create_task(self._sweep()),
+                group.create_task(self._look()),
             ]
             if self._settings.shared_peer_secret:
                 beside.append(group.create_task(self._neighbours.run()))
@@ -127,6 +137,21 @@ class Agent:
             self._board.fence.raise_to(HEARTBEAT, wall_clock_ms())
             self.control.flush()
             await asyncio.sleep(HEARTBEAT_S)
+
+    async def _look(self) -> None:
+        kept = None
+        while True:
+            await asyncio.sleep(LOOK_S)
+            self.control.look()
+            kept = self.control.to_remember() or kept
+            if kept is not None:
+                try:
+                    await asyncio.to_thread(self._memory.write, kept)
+                    kept = None
+                except OSError as error:
+                    log.error("log_memory_not_written", error=error.strerror)
+            if self.control.doubted and kept is None:
+                raise NotTheLog
 
     async def _settle_incarnation(self) -> None:
         fence = self._board.fence

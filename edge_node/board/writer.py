@@ -36,7 +36,7 @@ class BoardWriter:
         self._disk: Disk = disk if disk is not None else RealDisk()
         self._release = self._disk.lock(self._folder / "lock")
         self.fence = Fence.open(self._folder / "fence", writable=True)
-        self._last_purge, self._purge_bytes = -1, 0
+        self._last_purge, self._last_cause, self._purge_bytes = -1, "", 0
         # `publish` may run in a thread, since it waits for the disk.
         self._replacing = threading.Lock()
         self.file = self._read()
@@ -47,6 +47,11 @@ class BoardWriter:
     def last_purge(self) -> int:
         """Position of the last purge in the log; -1 before any."""
         return self._last_purge
+
+    @property
+    def last_cause(self) -> str:
+        """Id of the event that it was; empty where that is not known."""
+        return self._last_cause
 
     @property
     def purge_bytes(self) -> int:
@@ -74,7 +79,7 @@ class BoardWriter:
                     desired=before.desired if before else {},
                 )
             )
-            self._last_purge, self._purge_bytes = -1, 0
+            self._last_purge, self._last_cause, self._purge_bytes = -1, "", 0
             self.fence.raise_to(PURGE, stamp(generation, -1))
         if before is not None:
             log.warning("board_generation_begun", generation=generation, before=before.generation)
@@ -106,7 +111,7 @@ class BoardWriter:
             self._disk.truncate(path, self._purge_bytes)
             raise
         self._purge_bytes += len(data)
-        self._last_purge = new[-1].position
+        self._last_purge, self._last_cause = new[-1].position, new[-1].cause
         self.fence.raise_to(PURGE, stamp(file.generation, self._last_purge))  # 2
         return new
 
@@ -182,7 +187,8 @@ class BoardWriter:
             log.warning("purge_log_cut", bytes=len(data) - whole)
             self._disk.truncate(path, whole)
         self._purge_bytes = whole
-        self._last_purge = max((purge.position for purge in purges), default=-1)
+        last = max(purges, key=lambda purge: purge.position, default=None)
+        self._last_purge, self._last_cause = (last.position, last.cause) if last is not None else (-1, "")
         for model in file.models.values():
             if self.fence[POLICY] < file.policy:
                 self.fence.raise_to(model.slot, file.policy)
