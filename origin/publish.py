@@ -18,12 +18,13 @@ import asyncio
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from inference.trial import run_trial
-from inference.trial_report import TrialReport
+from inference.trial_report import TrialLimits, TrialReport
 from origin import signature
 from origin.release_request import GOLDEN_MAX_BYTES, Published, ReleaseEvent, ReleaseRequest, published, released
 from origin.signature import Change, SignatureChanged
@@ -46,6 +47,7 @@ from streams.log.writer import Writer, wall_clock_ms
 __all__ = ["Published", "Publisher", "ReleaseRequest", "SignatureChanged"]
 
 TRIES: Final = 8
+_TRIAL: Final = TrialLimits()
 LOST_RACE: Final = (Refusal.SEQUENCE_NOT_HIGHER, Refusal.SEQUENCE_CONFLICT)
 Progress = Callable[[str, int, int], None]
 """What, how much of it, out of how much; bytes."""
@@ -58,8 +60,15 @@ def _silent(_what: str, _done: int, _total: int) -> None:
 class Publisher:
     """The library call behind the command line and the admin API. `writer` signs with a key that may release."""
 
-    def __init__(self, store: ArtifactStore, writer: Writer, reader: LogReader, roots: tuple[bytes, ...]) -> None:
-        self._store, self._writer, self._reader, self._roots = store, writer, reader, roots
+    def __init__(
+        self,
+        store: ArtifactStore,
+        writer: Writer,
+        reader: LogReader,
+        roots: tuple[bytes, ...],
+        limits: TrialLimits = _TRIAL,
+    ) -> None:
+        self._store, self._writer, self._reader, self.roots, self._limits = store, writer, reader, roots, limits
 
     async def publish(self, request: ReleaseRequest, progress: Progress = _silent) -> Published:
         """Tries, uploads and releases; returns once the log took the event, which is before any node serves it.
@@ -70,13 +79,14 @@ class Publisher:
         were lost or the key may not release this; `Unreachable` names the part that is away, and publishing again is
         safe.
         """
+        await asyncio.to_thread(self._fits, request.path)
         artifact = await asyncio.to_thread(
             describe, request.path, lambda digest: names.model_object_key(request.model, digest),
         )  # fmt: skip
         proof = await asyncio.to_thread(_read_golden, request)
         report = await asyncio.to_thread(self._try, request, artifact)  # 1
         template = released(request, artifact, report, None if proof is None else proof[0])
-        state, _ = await asyncio.to_thread(self._fold_on, Releases.initial(self._roots), None)
+        state, _ = await asyncio.to_thread(self._fold_on, Releases.initial(self.roots), None)
         changes = _compared(request, template, state)
         await self._upload(request, artifact, proof, progress)  # 2
 
@@ -102,7 +112,7 @@ class Publisher:
                 model=model,
                 version=target.version,
                 sequence=sequence,
-                to_digest=target.artifact.sha256,
+                to_digest=target.digest,
                 author=author,
                 reason=reason,
             )
@@ -118,8 +128,17 @@ class Publisher:
 
         return await self._append(model, event)
 
+    def _fits(self, path: Path) -> None:
+        """As the trial will find, before gigabytes are read for their digest."""
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise BadInput(f"{path}: {error.strerror}") from None
+        if size > (most := self._limits.scan.max_file_bytes):
+            raise ModelRefused(f"the file has {size} bytes, more than the {most} allowed")
+
     def _try(self, request: ReleaseRequest, artifact: Artifact) -> TrialReport:
-        report = run_trial(request.path, artifact.sha256, request.golden, request.rtol, request.atol)
+        report = run_trial(request.path, artifact.sha256, request.golden, request.rtol, request.atol, self._limits)
         if not report.ok:
             raise ModelRefused(report.reason)
         return report
@@ -142,7 +161,7 @@ class Publisher:
     async def _append(
         self, model: str, make: Callable[[int, Releases], ReleaseEvent], known: Releases | None = None
     ) -> Published:
-        state = Releases.initial(self._roots) if known is None else known
+        state = Releases.initial(self.roots) if known is None else known
         for _ in range(TRIES):
             state, _ = await asyncio.to_thread(self._fold_on, state, None)  # 3
             history = state.models.get(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import pickle
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from inference.trial_report import TrialLimits
 from mlcdn.identities import change_trust, ensure_identities
 from mlcdn.local_stack.running import RunningStack
 from origin.invalidate import Invalidator
-from origin.publish import Published, Publisher, ReleaseRequest
+from origin.publish import Published, Publisher, ReleaseRequest, SignatureChanged
+from schemas import names
 from schemas.errors import BadInput, Conflict, ModelRefused, NotFound
 from schemas.events import Grant, TrustChanged
 from schemas.names import Scope, ScopeKind
@@ -25,7 +28,18 @@ from streams.log.keys import load_private, load_roots
 from streams.log.producer import KafkaAppender
 from streams.log.reader import KafkaReader
 from streams.log.writer import Writer
-from tests.models import mlp_bytes
+from tests.models import (
+    FLOAT,
+    endless_loop_bytes,
+    expand_bytes,
+    external_bytes,
+    mlp_bytes,
+    model_bytes,
+    nan_bytes,
+    node,
+    sha256,
+    value,
+)
 
 
 @dataclass(frozen=True)
@@ -39,12 +53,17 @@ class Desk:
     operator: Path
     root: Path
 
-    def run(self, act: Callable[[Publisher], Coroutine[Any, Any, Any]], key: Ed25519PrivateKey | None = None) -> Any:
+    def run(
+        self,
+        act: Callable[[Publisher], Coroutine[Any, Any, Any]],
+        key: Ed25519PrivateKey | None = None,
+        limits: TrialLimits | None = None,
+    ) -> Any:
         async def with_writer() -> Any:
             appender = KafkaAppender(self.kafka, client_id="test")
             writer = Writer(appender, source="/operators/test", signing_key=key or load_private(self.operator))
             try:
-                return await act(Publisher(self.store, writer, self.reader, self.roots))
+                return await act(Publisher(self.store, writer, self.reader, self.roots, limits or TrialLimits()))
             finally:
                 await appender.close()
 
@@ -54,6 +73,13 @@ class Desk:
         request = ReleaseRequest(model=model, path=path, author="test", **more)
         published: Published = self.run(lambda publisher: publisher.publish(request))
         return published
+
+    def stored(self, model: str, data: bytes) -> bool:
+        try:
+            self.store.get(names.model_object_key(model, sha256(data)), 2**30)
+        except NotFound:
+            return False
+        return True
 
     def records(self) -> int:
         return self.reader.watermarks("mlcdn.releases", 0)[1]
@@ -92,15 +118,127 @@ def test_the_same_bytes_twice_are_one_artifact_and_two_releases(desk: Desk, file
     assert len(state.models["twice"].brought) == 1
 
 
-@pytest.mark.parametrize("how", ["empty", "cut off", "not a model"])
-def test_a_broken_file_leaves_nothing_behind(desk: Desk, tmp_path: Path, how: str) -> None:
-    path = tmp_path / "broken.onnx"
-    path.write_bytes({"empty": b"", "cut off": mlp_bytes(2)[:-50], "not a model": b"<html></html>" * 50}[how])
+def flipped(data: bytes) -> bytes:
+    """One bit of the operator's name: still a whole protobuf, of another model."""
+    at = data.index(b"Gemm")
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+BAD: dict[str, tuple[bytes, str]] = {
+    "nothing": (b"", "empty"),
+    "cut off": (mlp_bytes(2)[:-50], "truncated"),
+    "a bit flipped": (flipped(mlp_bytes(2)), "Femm"),
+    "a web page": (b"<html></html>" * 50, "HTML"),
+    "a zip archive": (b"PK\x03\x04" + bytes(64), "a zip archive"),
+    "a pickle": (pickle.dumps({"weights": [1.0]}), "a pickle"),
+    "data above": (external_bytes("../weights.bin"), "external data"),
+    "data by absolute path": (external_bytes("/etc/passwd"), "external data"),
+    "data beside": (external_bytes("weights.bin"), "external data"),
+    "data by symlink": (external_bytes("symlink"), "external data"),
+    "data by hard link": (external_bytes("hardlink"), "external data"),
+    "a custom operator": (
+        model_bytes(
+            [node("Exec", ["x"], ["y"], domain="evil.ops")],
+            [value("x", FLOAT, ["N", 4])],
+            [value("y", FLOAT, ["N", 4])],
+            domains=(("evil.ops", 1),),
+        ),
+        "evil.ops.Exec",
+    ),
+    "operators of the future": (
+        mlp_bytes(2).replace(b"B\x04\n\x00\x10\x11", b"B\x05\n\x00\x10\xe7\x07"),
+        "ai.onnx' 999",
+    ),
+    "12 GB of Expand": (expand_bytes(), "memory"),
+    "no end": (endless_loop_bytes(), "a run took longer than 1 s"),
+}
+
+
+def test_a_bad_file_is_refused_for_its_reason_and_leaves_nothing_behind(desk: Desk, tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").write_bytes(bytes(16))
+    (tmp_path / "symlink").symlink_to("weights.bin")
+    (tmp_path / "hardlink").hardlink_to(tmp_path / "weights.bin")
+    limits = TrialLimits(run_s=1.0)
     before = desk.records()
-    with pytest.raises(ModelRefused):
-        desk.publish("broken", path)
+    said: dict[str, str] = {}
+
+    async def try_one(publisher: Publisher, name: str, turns: asyncio.Semaphore) -> None:
+        path = tmp_path / f"{name}.onnx"
+        path.write_bytes(BAD[name][0])
+        async with turns:
+            with pytest.raises(ModelRefused) as refused:
+                await publisher.publish(ReleaseRequest(model="broken", path=path, author="test"))
+        said[name] = str(refused.value)
+
+    async def try_all(publisher: Publisher) -> None:
+        turns = asyncio.Semaphore(2)
+        await asyncio.gather(*(try_one(publisher, name, turns) for name in BAD))
+
+    desk.run(try_all, limits=limits)
+    assert {name: text for name, text in said.items() if BAD[name][1] not in text} == {}
     assert desk.records() == before
     assert "broken" not in fold_releases(desk.reader, desk.roots, At())[0].models
+    for data, _ in BAD.values():
+        assert not desk.stored("broken", data)
+    # NaN is an answer like another; and what was refused before is not held against it.
+    (tmp_path / "good.onnx").write_bytes(nan_bytes())
+    assert desk.publish("broken", tmp_path / "good.onnx").sequence == 1
+    assert desk.stored("broken", nan_bytes())
+
+
+def test_a_file_of_more_than_two_gigabytes_is_not_even_read(desk: Desk, tmp_path: Path) -> None:
+    with (tmp_path / "huge.onnx").open("wb") as huge:
+        huge.truncate(2**31)
+    with pytest.raises(ModelRefused, match="2147483648 bytes"):
+        desk.publish("huge", tmp_path / "huge.onnx")
+
+
+def test_a_file_that_becomes_another_models_is_refused(desk: Desk, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other bytes under the digest that was tried, between the trial and the upload."""
+    tried = Publisher._try
+
+    def then_replaced(publisher: Publisher, *more: Any) -> Any:
+        report = tried(publisher, *more)
+        file.write_bytes(mlp_bytes(99))
+        return report
+
+    monkeypatch.setattr(Publisher, "_try", then_replaced)
+    before = desk.records()
+    with pytest.raises(BadInput, match="changed while"):
+        desk.publish("swapped", file)
+    assert desk.records() == before
+    assert not desk.stored("swapped", mlp_bytes(1)) and not desk.stored("swapped", mlp_bytes(99))
+
+
+def test_another_signature_is_refused_before_anything_is_uploaded(desk: Desk, file: Path, tmp_path: Path) -> None:
+    desk.publish("signed", file, version="one")
+    other = tmp_path / "other.onnx"
+    other.write_bytes(mlp_bytes(2, (16, 8)))
+    before = desk.records()
+    with pytest.raises(SignatureChanged, match=r"one, which is served now: input 'features' was \[N, 32\], takes"):
+        desk.publish("signed", other)
+    assert desk.records() == before and not desk.stored("signed", other.read_bytes())
+    allowed = desk.publish("signed", other, allow_signature_change=True)
+    assert [(c.side, c.tensor) for c in allowed.changes] == [("input", "features")]
+    # Held against what is served, not against what was released last.
+    desk.run(lambda p: p.rollback("signed", "one", author="test", reason=""))
+    with pytest.raises(SignatureChanged):
+        desk.publish("signed", other)
+    desk.run(lambda p: p.retire("signed", author="test", reason=""))
+    assert desk.publish("signed", other).changes == ()
+
+
+def test_a_signature_is_compared_again_with_the_winner_of_a_race(desk: Desk, file: Path, tmp_path: Path) -> None:
+    """Nothing was served when the loser's upload began."""
+    other = tmp_path / "other.onnx"
+    other.write_bytes(mlp_bytes(2, (16, 8)))
+
+    async def race(publisher: Publisher) -> list[Any]:
+        requests = [ReleaseRequest(model="first-ever", path=p, author="test") for p in (file, other)]
+        return list(await asyncio.gather(*(publisher.publish(r) for r in requests), return_exceptions=True))
+
+    found = desk.run(race)
+    assert sorted(type(one).__name__ for one in found) == ["Published", "SignatureChanged"], found
 
 
 def test_a_golden_test_that_fails_refuses_the_release(desk: Desk, file: Path, tmp_path: Path) -> None:
