@@ -226,3 +226,16 @@ def test_who_goes_when_there_is_no_room() -> None:
     assert to_let_go(everyone, 100) == [("idler", "previous"), ("idle", "previous"), ("busy", "previous")]
     assert to_let_go(everyone, 80)[3:] == [("idler", "current")]
     assert to_let_go(everyone, 0)[3:] == [("idler", "current"), ("idle", "current")], "what is in use stays"
+
+
+def test_a_candidate_is_idle_with_its_stable_release_and_the_less_asked_of_the_two_goes_first() -> None:
+    def pair(model: str, percent: float, idle_s: float) -> Resident:
+        return Resident(
+            model=model, current_bytes=30, previous_bytes=5, candidate_bytes=20, percent=percent, idle_s=idle_s
+        )
+
+    assert to_let_go([pair("m", 5, IDLE_S - 1)], 0) == [("m", "previous")], "what is in use stays, at any share"
+    assert to_let_go([pair("m", 5, 99)], 0) == [("m", "previous"), ("m", "candidate"), ("m", "current")]
+    assert to_let_go([pair("m", 50, 99)], 0) == [("m", "previous"), ("m", "current"), ("m", "candidate")]
+    assert to_let_go([pair("m", 5, 99)], 50) == [("m", "previous")]
+    assert to_let_go([pair("m", 5, 99), resident("n", 40, 0, 100)], 80)[:2] == [("m", "previous"), ("n", "current")]

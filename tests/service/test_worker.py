@@ -51,7 +51,7 @@ from schemas.names import Scope, ScopeKind, model_object_key
 from schemas.settings import Settings
 from streams.folds.invalidations import Purge
 from streams.folds.releases import desired_digest
-from streams.folds.wanted import Seated, Wanted
+from streams.folds.wanted import Channel, Seated, Wanted
 from streams.log.local import LocalLog
 from tests import models
 
@@ -86,8 +86,12 @@ class Node:
         batchable: bool = True,
         inputs: Sequence[Tensor] = (),
         outputs: Sequence[Tensor] = (),
+        percent: float | None = None,
     ) -> str:
-        """What the agent does once the artifact is on disk: the board names it. `file` is what is on disk instead."""
+        """What the agent does once the artifact is on disk: the board names it. `file` is what is on disk instead.
+
+        With a `percent` it is a candidate, beside what is stable.
+        """
         digest = hashlib.sha256(data).hexdigest()
         path = self.directory / "models" / f"{digest}.onnx"
         path.parent.mkdir(exist_ok=True)
@@ -123,28 +127,51 @@ class Node:
         file_before = self.writer.file
         assert file_before is not None
         taken = {name: m.slot for name, m in file_before.models.items()}
+        channel = Channel.STABLE if percent is None else Channel.CANDIDATE
+        seated = Seated(wanted=wanted, channel=channel, percent=100.0 if percent is None else percent)
         entry = BoardModel(
             wanted=wanted,
+            channel=channel,
+            percent=seated.percent,
             path=None if forwarded else str(path.relative_to(self.directory)),
-            slot=taken.get(model) or self.writer.free_slot(taken.values()),
+            slot=taken.get(seated.seat) or self.writer.free_slot(taken.values()),
             ms={"download": 1.0},
             forwarded=forwarded,
         )
         self.writer.publish(
             replace(
                 file_before,
-                models=file_before.models | {model: entry},
-                desired=file_before.desired | {model: Seated(wanted=wanted)},
+                models=file_before.models | {seated.seat: entry},
+                desired=file_before.desired | {seated.seat: seated},
                 positions={"mlcdn.releases": self.sequence, "mlcdn.invalidations": self.purged},
             )
         )
         return digest
 
-    def retire(self, model: str) -> None:
+    def share(self, percent: float, model: str = "digits") -> None:
+        """Another wave: the same candidate, for another part of the requests."""
+        name = f"{model}@candidate"
+        self._seat(lambda seats: seats | {name: replace(seats[name], percent=percent)})
+
+    def promote(self, model: str = "digits") -> None:
+        """The candidate has come through: it is the stable release, in one write."""
+        new = f"{model}@candidate"
+        self._seat(
+            lambda seats: (
+                {n: m for n, m in seats.items() if n != new}
+                | {model: replace(seats[new], channel=Channel.STABLE, percent=100.0)}
+            )
+        )
+
+    def retire(self, seat: str) -> None:
+        self._seat(lambda seats: {n: m for n, m in seats.items() if n != seat})
+
+    def _seat(self, change: Callable[[dict[str, BoardModel]], dict[str, BoardModel]]) -> None:
         file = self.writer.file
         assert file is not None
-        without = {n: m for n, m in file.models.items() if n != model}
-        self.writer.publish(replace(file, models=without, desired={n: Seated(wanted=m.wanted) for n, m in without.items()}))
+        seats = change(file.models)
+        desired = {n: Seated(wanted=m.wanted, channel=m.channel, percent=m.percent) for n, m in seats.items()}
+        self.writer.publish(replace(file, models=seats, desired=desired))
 
     def purge(self, *scopes: Scope, soft: bool = False) -> None:
         self.purged += 1
