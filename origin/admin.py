@@ -165,7 +165,12 @@ class Admin:
             }
             document |= {name: value for name, value in said.items() if value is not None}
             asked = release_settings.request(document, model=words.model, path=upload.file, author=self._author)
-            done = await outcome(lambda: self._publisher.publish(asked), self._watch(words.wait), words.timeout_s)
+            done = await outcome(
+                lambda: self._publisher.publish(asked),
+                self._watch(words.wait),
+                self._publisher.roots,
+                words.timeout_s,
+            )
         return answer(done.document())
 
     async def _rollback(self, request: Request) -> Response:
@@ -174,6 +179,7 @@ class Admin:
         done = await outcome(
             lambda: self._publisher.rollback(words.model, words.to, author=self._author, reason=words.reason),
             self._watch(words.wait),
+            self._publisher.roots,
             words.timeout_s,
         )
         return answer(done.document())
@@ -181,7 +187,7 @@ class Admin:
     async def _retire(self, request: Request) -> Response:
         words = await self._words(request, RetireWords)
         done = await outcome(
-            lambda: self._publisher.retire(words.model, author=self._author, reason=words.reason), None, 0
+            lambda: self._publisher.retire(words.model, author=self._author, reason=words.reason), None, (), 0
         )
         return answer(done.document())
 

@@ -47,7 +47,7 @@ class FleetWatch:
     """The fleet as it reports, from a minute ago on. Make it before the append, so that it knows who was there."""
 
     def __init__(self, reader: LogReader) -> None:
-        self._reader = reader
+        self.reader = reader
         self.state = Fleet()
         self._since_ms = 0
         self._positions: dict[tuple[str, int], int] = {}
@@ -64,9 +64,9 @@ class FleetWatch:
     def _read_recent(self, since: int) -> None:
         self._since_ms = since
         self.state, self._positions = Fleet(), {}
-        for partition in range(self._reader.partitions(FLEET.name)):
-            start = self._reader.offset_at(FLEET.name, partition, since)
-            for record in self._reader.read(FLEET.name, partition, start):
+        for partition in range(self.reader.partitions(FLEET.name)):
+            start = self.reader.offset_at(FLEET.name, partition, since)
+            for record in self.reader.read(FLEET.name, partition, start):
                 self.state = fleet.fold(self.state, record).state
                 start = record.offset + 1
             self._positions[(FLEET.name, partition)] = start
@@ -89,7 +89,7 @@ class FleetWatch:
         """Folds what comes until `done`; False when the time ran out first."""
         if done():
             return True
-        records = self._reader.tail(self._positions)
+        records = self.reader.tail(self._positions)
         try:
             async with asyncio.timeout(timeout_s):
                 await self._follow(records, done)

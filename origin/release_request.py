@@ -24,7 +24,10 @@ from schemas.events import (
     ModelReleased,
     ModelRetired,
     ModelRolledBack,
+    OnFailure,
     Placement,
+    Plan,
+    Recording,
     Tensor,
 )
 from streams.log.writer import Appended, wall_clock_ms
@@ -55,6 +58,10 @@ class ReleaseRequest:
     limits: Limits = field(default_factory=Limits)
     max_batch: int = 64
     max_delay_us: int = 0
+    plan: Plan = field(default_factory=Plan)
+    on_failure: OnFailure = OnFailure.ROLLBACK
+    shadow_percent: float = 0.0
+    record: Recording = field(default_factory=Recording)
     allow_signature_change: bool = False
     author: str
     reason: str = ""
@@ -67,6 +74,7 @@ class ReleaseRequest:
             names.label(self.version, "version")
         # As the event will have them: found out before the trial, which takes longer.
         Batching(max_size=self.max_batch, max_delay_us=self.max_delay_us)
+        names.within(self.shadow_percent, 0, 100, "shadow_percent")
         Golden(object_key="golden/any", sha256="0" * 64, rtol=self.rtol, atol=self.atol)
 
 
@@ -74,7 +82,8 @@ class ReleaseRequest:
 class Published:
     """The log took it. `position` is the event's offset, `appended_ms` the broker's time of it.
 
-    `trial` has the figures of a new artifact's trial, `changes` what clients of the version before can trip over.
+    `waves` is the number of its plan's, 0 where it goes everywhere at once; `trial` has the figures of a new artifact's
+    trial, `changes` what clients of the version before can trip over.
     """
 
     model: str
@@ -84,6 +93,7 @@ class Published:
     event_id: str
     position: int
     appended_ms: int
+    waves: int = 0
     trial: TrialReport | None = None
     changes: tuple[Change, ...] = ()
 
@@ -103,6 +113,10 @@ def released(request: ReleaseRequest, artifact: Artifact, report: TrialReport, g
         batching=Batching(batchable=report.batchable, max_size=request.max_batch, max_delay_us=request.max_delay_us),
         limits=request.limits,
         golden=golden,
+        plan=request.plan,
+        on_failure=request.on_failure,
+        shadow_percent=request.shadow_percent,
+        record=request.record,
         created_at_ms=wall_clock_ms(),
         author=request.author,
         reason=request.reason,
@@ -112,7 +126,7 @@ def released(request: ReleaseRequest, artifact: Artifact, report: TrialReport, g
 def published(event: ReleaseEvent, appended: Appended) -> Published:
     match event:
         case ModelReleased():
-            version, digest = event.version, event.artifact.sha256
+            version, digest = event.version, event.digest
         case ModelRolledBack():
             version, digest = event.version, event.to_digest
         case ModelRetired():
@@ -125,6 +139,7 @@ def published(event: ReleaseEvent, appended: Appended) -> Published:
         event_id=appended.id,
         position=appended.record.offset,
         appended_ms=appended.record.timestamp_ms,
+        waves=len(event.plan.waves) if isinstance(event, ModelReleased) else 0,
     )
 
 

@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from mlcdn.cli import audit, invalidate, keys, network, publish, release, route, topics
+from mlcdn.cli import audit, invalidate, keys, network, publish, release, rollout, route, topics
 from mlcdn.local_stack.errors import StackError
 from processes.supervisor import SupervisorError
 from schemas.errors import BadInput, MlcdnError, SettingsInvalid, Unreachable
@@ -28,6 +28,8 @@ publish.register(app)
 release.register(app)
 invalidate.register(app)
 route.register(app)
+app.add_typer(rollout.rollout, name="rollout")
+app.add_typer(rollout.gate, name="gate")
 app.add_typer(audit.app, name="audit")
 app.add_typer(topics.app, name="topics")
 app.add_typer(keys.app, name="keys")

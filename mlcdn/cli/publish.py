@@ -6,6 +6,7 @@ here, so that there is one place for every default.
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +17,12 @@ from mlcdn.cli import output, receipts
 from mlcdn.cli.output import Json
 from mlcdn.cli.receipts import AllowMissing, Timeout, Wait
 from mlcdn.cli.target import DEFAULT_DIR, Dir, Target
-from origin import release_settings, sources
+from origin import plans, release_settings, sources
 from origin.publish import Published, Publisher
-from schemas.events import Placement, TierUse
+from origin.receipts import FleetWatch
+from origin.release_settings import Document
+from schemas.events import OnFailure, Placement, TierUse
+from streams.log.writer import wall_clock_ms
 
 
 def register(app: typer.Typer) -> None:
@@ -50,6 +54,16 @@ def publish(
     rtol: Annotated[float | None, typer.Option(help="Relative tolerance of the golden test; default 1e-3.")] = None,
     atol: Annotated[float | None, typer.Option(help="Absolute tolerance of the golden test; default 1e-5.")] = None,
     placement: Annotated[Placement | None, typer.Option(help="Where it runs; default edge.")] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            help="all, the default: everywhere at once; safe: one region 5, 25, 100 %, then the rest; or a TOML file."
+        ),
+    ] = None,
+    on_failure: Annotated[OnFailure | None, typer.Option(help="What a gate that fails does; default rollback.")] = None,
+    shadow: Annotated[
+        float | None, typer.Option(help="Percent of requests that the candidate answers too, to compare; default 0.")
+    ] = None,
     ttl: Annotated[
         float | None, typer.Option(help="Seconds that a cached answer is fresh; 0 turns caching off; default 300.")
     ] = None,
@@ -83,6 +97,9 @@ def publish(
         "rtol": rtol,
         "atol": atol,
         "placement": placement,
+        "plan": _plan(plan, target) if plan is not None else None,
+        "on_failure": on_failure,
+        "shadow_percent": shadow,
         "cache": _given({"enabled": None if ttl is None else ttl > 0, "ttl_s": ttl, "tiers": cache_tiers}),
         "allow_signature_change": allow_signature_change or None,
         "reason": reason,
@@ -105,6 +122,18 @@ def publish(
                 )
 
         receipts.release(target, act, wait=wait, timeout=timeout, allow_missing=allow_missing, json=json)
+
+
+def _plan(said: str, target: Target) -> Document:
+    """The plan that the option names, as a document: the settings file may name one too."""
+    if said == "safe":
+        watch = FleetWatch(target.reader)
+        asyncio.run(watch.look())
+        regions = {w.beat.region for workers in watch.fresh(wall_clock_ms()).values() for w in workers}
+        return plans.document(plans.safe(sorted(regions)))
+    if said == "all":
+        return plans.document(plans.AT_ONCE)
+    return plans.document(plans.read_toml(Path(said)))
 
 
 def _given(said: dict[str, Any]) -> dict[str, Any]:

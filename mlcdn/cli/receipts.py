@@ -15,6 +15,7 @@ from mlcdn.cli.target import Target
 from origin.outcome import Outcome, outcome
 from origin.publish import Published, Publisher
 from origin.receipts import FleetWatch, NodeOutcome
+from origin.rollouts import Ended
 from streams.artifacts import ArtifactStore
 
 Reason = Annotated[str, typer.Option(help="Why, in a person's words.")]
@@ -55,6 +56,9 @@ def release(
             output.say(f"  changed for clients: {change}")
         for node in done.nodes:
             output.say(f"  {node.region:<12} {node.node:<16} {_told(node)}")
+    if done.rollout is not None:
+        _over(done.rollout)
+        return
     late = done.not_live(allow_missing=allow_missing)
     if late:
         output.err.print(f"mlcdn: not live on {', '.join(n.node for n in late)}: {late[0].reason}", markup=False)
@@ -73,11 +77,23 @@ async def _acted(
         return await outcome(
             lambda: act(publisher),
             FleetWatch(target.reader) if wait else None,
+            target.roots,
             timeout,
             lambda node: output.progress(f"{node.node}: {_told(node)}"),
+            lambda said: output.progress(f"wave {said.step + 1}: {said.verdict}: {said.reason}"),
         )
     finally:
         await writer.close()
+
+
+def _over(rollout: Ended) -> None:
+    """Says what the waves came to; exits with 1 where that is not every request."""
+    last = rollout.verdicts[-1] if rollout.verdicts else None
+    if rollout.done:
+        return
+    why = f": {last.reason} (mlcdn gate explain {last.id})" if last is not None else ""
+    output.err.print(f"mlcdn: {rollout.status} at wave {rollout.step + 1} of {rollout.waves}{why}", markup=False)
+    raise typer.Exit(1)
 
 
 def _told(node: NodeOutcome) -> str:
