@@ -36,6 +36,9 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--rounds", type=int, default=5, help="edge: rounds (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=3, help="edge: seconds a reading (default %(default)s)")
+    parser.add_argument(
+        "--events", type=int, default=audit.EVENTS, help="audit: events in the log (default %(default)s)"
+    )
     given = parser.parse_args(arguments)
     peers = tuple(name for name in given.peers.split(",") if name)
     for kind, asked, known in (("bench", given.names, BENCHES), ("peer", peers, PEERS)):
@@ -45,7 +48,10 @@ def main(arguments: list[str]) -> int:
     if given.rounds < 1 or given.seconds < 1:
         parser.error("at least one round of one second")
     options = edge.Options(peers, given.rounds, given.seconds)
-    benches = BENCHES | {"edge": functools.partial(edge.run, options=options)}
+    benches = BENCHES | {
+        "edge": functools.partial(edge.run, options=options),
+        "audit": functools.partial(audit.run, events=given.events),
+    }
     print(f"{platform.platform()}, {platform.processor() or platform.machine()}, Python {platform.python_version()}")
     code = 0
     with tempfile.TemporaryDirectory(prefix="mlcdn-bench-") as work:
