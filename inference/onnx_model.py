@@ -8,14 +8,12 @@ Laws:
 - What the model says no to is the caller's fault (BadTensor); what breaks is ours (RunFailed). Neither message has a
   path.
 - `run` is synchronous and may take long: call it in a thread, or in a loop only if the model was measured to be fast.
-- BYTES are UTF-8, as ONNX has it; anything else is refused, because onnxruntime would change it.
 
-It must not know releases, caches, HTTP or batches.
+What a signature says and which tensors fit it is in onnx_signature.py. It must not know releases, caches, HTTP or batches.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +26,7 @@ from inference import datatypes
 from inference.datatypes import FREE, TensorSpec
 from inference.deadlines import WATCHDOG, Deadline
 from inference.onnx_scan import DEFAULT_LIMITS, ModelSummary, ScanLimits, scan
+from inference.onnx_signature import bits, check_tensor, input_spec, output_spec, to_text
 from inference.runtime import FAILURES, LOG_FATAL, InvalidArgument, is_out_of_memory, onnxruntime, reason_of
 from schemas.errors import BadTensor, DeadlineExceeded, MlcdnError, ModelRefused
 
@@ -65,11 +64,11 @@ class OnnxModel:
         self._session: Any = session
         labels = dict(summary.zipmaps)
         unranked = frozenset(summary.unranked)
-        required = [_input_spec(node, unranked, False) for node in session.get_inputs()]
-        overridable = [_input_spec(node, unranked, True) for node in session.get_overridable_initializers()]
+        required = [input_spec(node, unranked, False) for node in session.get_inputs()]
+        overridable = [input_spec(node, unranked, True) for node in session.get_overridable_initializers()]
         self.inputs: tuple[TensorSpec, ...] = (*required, *overridable)
         self.outputs: tuple[TensorSpec, ...] = tuple(
-            _output_spec(node, unranked, labels.get(node.name)) for node in session.get_outputs()
+            output_spec(node, unranked, labels.get(node.name)) for node in session.get_outputs()
         )
         self.output_names = tuple(spec.name for spec in self.outputs)
         self._inputs = {spec.name: spec for spec in self.inputs}
@@ -129,7 +128,7 @@ class OnnxModel:
                 raise BadTensor(f"unknown input {name[:80]!r}; the model has {sorted(self._inputs)}")
         for spec in self.inputs:
             if spec.name in inputs:
-                _check_tensor(spec, inputs[spec.name])
+                check_tensor(spec, inputs[spec.name])
             elif not spec.optional:
                 raise BadTensor(f"input {spec.name!r} is missing")
 
@@ -144,7 +143,7 @@ class OnnxModel:
         for name in names:
             if name not in self._outputs:
                 raise BadTensor(f"unknown output {name[:80]!r}; the model has {list(self._outputs)}")
-        feed = {name: _to_text(name, a) if name in self._strings else a for name, a in inputs.items()}
+        feed = {name: to_text(name, a) if name in self._strings else a for name, a in inputs.items()}
         if deadline is None:
             values = self._call(session, names, feed, None)
         else:
@@ -223,7 +222,7 @@ class OnnxModel:
         }
         results = session.run_with_ort_values(names, values, options)
         return [
-            _bits(r) if self._outputs[n].datatype == "BF16" else r.numpy() for n, r in zip(names, results, strict=True)
+            bits(r) if self._outputs[n].datatype == "BF16" else r.numpy() for n, r in zip(names, results, strict=True)
         ]
 
     def _translate(self, name: str, value: Any) -> Array:
@@ -234,71 +233,3 @@ class OnnxModel:
             return flat
         rows = [[row[label] for label in spec.labels] for row in value if row]
         return np.array(rows, spec.dtype).reshape(len(rows), len(spec.labels))
-
-
-def _input_spec(node: Any, unranked: frozenset[str], overridable: bool) -> TensorSpec:
-    kind = datatypes.of_tensor(node.type)
-    if kind is None:
-        raise ModelRefused(f"input {node.name!r} is a {node.type}, which cannot be served")
-    optional = overridable or node.type.startswith("optional(")
-    ranked = node.name not in unranked
-    return TensorSpec(node.name, kind.name, _shape(node, ranked), optional=optional, ranked=ranked)
-
-
-def _output_spec(node: Any, unranked: frozenset[str], labels: tuple[int | str, ...] | None) -> TensorSpec:
-    kind = datatypes.of_tensor(node.type)
-    if kind is not None:
-        ranked = node.name not in unranked
-        return TensorSpec(node.name, kind.name, _shape(node, ranked), ranked=ranked)
-    kind = datatypes.of_zipmap(node.type)
-    if kind is None or labels is None:
-        raise ModelRefused(f"output {node.name!r} is a {node.type}, which cannot be served")
-    return TensorSpec(node.name, kind.name, (FREE, len(labels)), labels=labels)
-
-
-def _shape(node: Any, ranked: bool) -> tuple[int, ...]:
-    if not ranked and not node.shape:
-        return (FREE,)
-    return tuple(d if isinstance(d, int) and d >= 0 else FREE for d in node.shape)
-
-
-def _check_tensor(spec: TensorSpec, array: Array) -> None:
-    if array.dtype != spec.dtype:
-        raise BadTensor(f"input {spec.name!r} is {array.dtype}, the model takes {spec.datatype} ({spec.dtype})")
-    if not spec.ranked:
-        return
-    if array.ndim != len(spec.shape):
-        raise BadTensor(f"input {spec.name!r} has {array.ndim} dimensions, the model takes {len(spec.shape)}")
-    for index, (actual, wanted) in enumerate(zip(array.shape, spec.shape, strict=True)):
-        if wanted not in (FREE, actual):
-            raise BadTensor(f"input {spec.name!r} has {actual} in dimension {index}, the model takes {wanted}")
-
-
-def _to_text(name: str, array: Array) -> Array:
-    text = np.empty(array.shape, object)
-    flat = text.reshape(-1)
-    for index, element in enumerate(array.reshape(-1)):
-        if isinstance(element, bytes):
-            try:
-                flat[index] = element.decode()
-            except UnicodeDecodeError:
-                raise BadTensor(f"input {name!r}, element {index}: not UTF-8, which ONNX strings are") from None
-        elif isinstance(element, str) and _is_utf8(element):
-            flat[index] = element
-        elif isinstance(element, str):
-            raise BadTensor(f"input {name!r}, element {index}: a lone surrogate is no text")
-        else:
-            # onnxruntime would take str() of anything, and so answer for b'a' what it answers for "b'a'".
-            raise BadTensor(f"input {name!r}, element {index}: {type(element).__name__} is neither bytes nor str")
-    return text
-
-
-def _is_utf8(text: str) -> bool:
-    # Only a surrogate has no UTF-8 form; nearly all text says so at once.
-    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
-
-
-def _bits(value: Any) -> Array:
-    """A copy of a bfloat16 tensor as uint16; the library offers no other way to it."""
-    raw = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
-    return np.frombuffer(raw, np.uint16).reshape(value.shape())

@@ -1,14 +1,13 @@
 """The region's Redis or Valkey as a tier.
 
 Laws:
-- It never raises and never makes a request wait longer than `timeout_s`. redis-py's own defaults waited 4.5 s for a
-  refused server and for a hung one: no retry here, and one time-out around all of a round trip.
+- It never raises and never makes a request wait longer than `timeout_s`: one time-out around all of a round trip.
 - The first error opens the breaker. From then on a look-up costs nothing; only a PING in the background, over a
   connection of its own, closes it. The connections of before are thrown away, and late replies with them.
 - Values are bytes from a stranger: no more than the cap is read of any, and what is not the entry asked for is removed.
 - The store decides on `as_of`, in a script, because nodes that share it lag differently.
 
-It must not know whether an entry may answer. One event loop owns it.
+It must not know whether an entry may answer, or what is said to the server (redis_commands.py). One event loop owns it.
 """
 
 from __future__ import annotations
@@ -16,15 +15,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import structlog
 from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import InvalidResponse, ResponseError
 
-from edge_node.caching.entry import FORMAT, Entry, EntryRefused, pack, unpack
+from edge_node.caching.entry import Entry, EntryRefused, pack, unpack
+from edge_node.caching.redis_commands import LOOK_UP, SET_UNLESS_NEWER, address, connect, discard, reason_of
 from edge_node.caching.tallies import dropped, missed
 from edge_node.caching.tier_choice import LookupCost
 from schemas.errors import SettingsInvalid
@@ -47,37 +45,6 @@ LAST_WRITES_S: Final = 0.3
 # Of one look-up's values together: that many strangers' bytes must not gather in the server, nor here.
 MAX_REPLY_BYTES: Final = 2**24
 
-# One command for all keys of a look-up: 1.2 us of the loop a key, and 8.6 as a pipeline of GETRANGE. MGET costs as little
-# and reads whole values, however long.
-LOOK_UP: Final = """
-local found, left = {}, tonumber(ARGV[2])
-for i, key in ipairs(KEYS) do
-  local held = left > 0 and redis.pcall('GETRANGE', key, 0, ARGV[1])
-  found[i] = held
-  if type(held) == 'string' then left = left - #held end
-end
-return found
-"""
-# Byte by byte: the server's string comparison follows its locale. What is no frame of this format is written over.
-SET_UNLESS_NEWER: Final = """
-local written = {}
-for i, key in ipairs(KEYS) do
-  local new, keep = ARGV[2 * i - 1], true
-  local held = redis.pcall('GETRANGE', key, 0, 15)
-  if type(held) == 'string' and #held == 16 and string.sub(held, 1, 5) == string.sub(new, 1, 5) then
-    for at = 9, 16 do
-      local old, now = string.byte(held, at), string.byte(new, at)
-      if old ~= now then
-        keep = old < now
-        break
-      end
-    end
-  end
-  written[i] = keep and redis.pcall('SET', key, new, 'PX', ARGV[2 * i]) or 0
-end
-return written
-"""
-
 log = structlog.get_logger()
 
 
@@ -87,7 +54,7 @@ class RedisTier:
     def __init__(self, url: str, *, timeout_s: float = TIMEOUT_S, max_value_bytes: int = MAX_VALUE_BYTES) -> None:
         self._url, self._timeout_s, self._max_value_bytes = url, timeout_s, max_value_bytes
         try:
-            self._client = self._connect()
+            self._client = connect(self._url, self._timeout_s, 2 * MAX_ASKING)
         except ValueError:
             # Not the URL itself: it may hold a password.
             raise SettingsInvalid("redis_url is not a redis://, rediss:// or unix:// URL") from None
@@ -115,7 +82,7 @@ class RedisTier:
             keys = keys[:MAX_KEYS]
         client = self._client
         until = asyncio.get_running_loop().time() + self._timeout_s
-        replies = await self._ask(client, [_at(namespace, key) for key in keys], until)
+        replies = await self._ask(client, [address(namespace, key) for key in keys], until)
         found: dict[bytes, Entry] = {}
         wrong: list[str] = []
         for key, reply in zip(keys, replies, strict=True) if replies else ():
@@ -124,7 +91,7 @@ class RedisTier:
             except EntryRefused as refused:
                 missed(self.name, refused.reason)
                 if refused.reason not in ("absent", "store_error", "no_room"):
-                    wrong.append(_at(namespace, key))
+                    wrong.append(address(namespace, key))
         if wrong:
             await self._remove(client, wrong, until)
         return found
@@ -164,7 +131,7 @@ class RedisTier:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await _discard(self._client)
+        await discard(self._client)
 
     async def _ask(self, client: Redis, at: Sequence[str], until: float) -> Sequence[object]:
         """A reply for each, or none at all where the server does not answer, which is counted."""
@@ -181,7 +148,7 @@ class RedisTier:
             # The server is sound, and refuses: a right is missing, say.
             return [error] * len(at)
         except Exception as error:  # noqa: BLE001 (counted)
-            missed(self.name, _reason(error), len(at))
+            missed(self.name, reason_of(error), len(at))
             self._open(client, error)
             return ()
         finally:
@@ -214,7 +181,7 @@ class RedisTier:
                     async with asyncio.timeout(self._timeout_s):
                         await self._write_batch(client, batch)
                 except Exception as error:  # noqa: BLE001 (counted)
-                    dropped(self.name, _reason(error), len(batch) + len(self._queue))
+                    dropped(self.name, reason_of(error), len(batch) + len(self._queue))
                     self._queue.clear()
                     self._queued_bytes = 0
                     self._open(client, error)
@@ -242,7 +209,7 @@ class RedisTier:
             if ttl_ms <= 0 or len(frame) > self._max_value_bytes:
                 dropped(self.name, "oversize" if ttl_ms > 0 else "expired")
                 continue
-            at.append(_at(namespace, entry.key))
+            at.append(address(namespace, entry.key))
             values += (frame, ttl_ms)
         if not at:
             return
@@ -264,52 +231,21 @@ class RedisTier:
             self._healing = asyncio.get_running_loop().create_task(self._heal())
 
     async def _heal(self) -> None:
-        await _discard(self._client)
+        await discard(self._client)
         while True:
             await asyncio.sleep(PING_EVERY_S)
-            client = self._connect()
+            client = connect(self._url, self._timeout_s, 2 * MAX_ASKING)
             try:
                 async with asyncio.timeout(self._timeout_s):
                     await client.ping()
             except Exception as error:  # noqa: BLE001 (logged)
                 log.debug("cache_tier_still_away", tier=self.name, cause=type(error).__name__)
-                await _discard(client)
+                await discard(client)
             except BaseException:
-                await _discard(client)
+                await discard(client)
                 raise
             else:
                 break
         self._client, self._healing = client, None
         gauge("mlcdn_breaker_open").labels(self.name).set(0)
         log.info("cache_tier_back", tier=self.name)
-
-    def _connect(self) -> Redis:
-        """A client; it connects when it is first used."""
-        return Redis.from_url(
-            self._url,
-            socket_timeout=self._timeout_s,
-            socket_connect_timeout=self._timeout_s,
-            retry=Retry(NoBackoff(), 0),
-            retry_on_timeout=False,
-            health_check_interval=0,
-            max_connections=2 * MAX_ASKING,
-            protocol=2,
-        )
-
-
-def _at(namespace: str, key: bytes) -> str:
-    return f"mlcdn:{FORMAT}:{namespace}:{key.hex()}"
-
-
-def _reason(error: Exception) -> str:
-    """`timeout` or `unreachable`, as near as the client library tells them apart."""
-    # redis.exceptions.TimeoutError is no builtin TimeoutError.
-    return "timeout" if "Timeout" in type(error).__name__ else "unreachable"
-
-
-async def _discard(client: Any) -> None:
-    try:
-        async with asyncio.timeout(1):
-            await client.aclose()
-    except Exception as error:  # noqa: BLE001 (logged)
-        log.debug("connection_did_not_close", cause=type(error).__name__)
