@@ -37,8 +37,13 @@ check: setup ## format, lint, spelling, types, layers
 up: setup ## the whole network in the foreground; Ctrl-C stops it
 	$(BIN)/mlcdn up $(ARGS)
 
-bench: setup ## every benchmark: one table, then one line of ratios each
+bench: setup ## every benchmark, the quick ones first; make bench-NAME for one: purge, release, swap, edge, audit ...
 	$(BIN)/python -m bench $(ARGS)
+
+BENCHES := purge onnx_nodes restart release slow_neighbour workers swap fetch memory audit edge
+.PHONY: $(BENCHES:%=bench-%)
+$(BENCHES:%=bench-%): bench-%: setup # one of them: make bench-purge
+	$(BIN)/python -m bench $* $(ARGS)
 
 bench-peers: setup $(PEERS_STAMP) ## the edge beside other servers, which get a venv of their own
 	$(BIN)/python -m bench edge --peers nginx,mosec,triton,mlserver,litserve,bentoml $(ARGS)

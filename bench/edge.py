@@ -21,7 +21,7 @@ import httpx
 from bench import cores, reach
 from bench.figures import model
 from bench.loads import LOADS, Bodies, Written
-from bench.servers import PEERS, NotStarted, Peer, Running, started, wait_answers
+from bench.servers import MISSING, PEERS, NotStarted, Peer, Running, started, wait_answers
 from bench.wrk import Reading, drive
 from mlcdn.demo.command import Mlcdn
 
@@ -60,7 +60,7 @@ def run(mlcdn: Mlcdn, work: Path, options: Options = Options()) -> int:
     absent += [f"missing: {tool}; nothing was measured" for tool in ("wrk", "taskset") if shutil.which(tool) is None]
     print(*absent, sep="\n", end="\n" * bool(absent))
     if any("nothing" in line for line in absent):
-        return 1
+        return MISSING
     peers = [peer for name in options.peers if not PEERS[name][0].missing() for peer in PEERS[name]]
     bodies, table = Bodies(work), Table()
     failed: dict[str, str] = {}
@@ -80,7 +80,9 @@ def run(mlcdn: Mlcdn, work: Path, options: Options = Options()) -> int:
                     print(f"missing: {error}")
     _print(table)
     print(*reach.lines({key: _medians(row) for key, row in table.items()}), sep="\n")
-    return int(bool(absent or failed or any(r.errors for row in table.values() for r in row.readings)))
+    if any(r.errors for row in table.values() for r in row.readings):
+        return 1
+    return MISSING if absent or failed else 0
 
 
 def _ours(mlcdn: Mlcdn, path: Path, bodies: Bodies, options: Options, table: Table) -> None:

@@ -29,6 +29,8 @@ HERE: Final = Path(__file__).parent
 PEERS_PYTHON: Final = HERE.parent / ".venv-peers" / "bin" / "python"
 START_S: Final = 60.0
 STOP_S: Final = 10.0
+# What a bench ends with that did all it could without a peer or a tool.
+MISSING: Final = 3
 
 
 @dataclass(frozen=True, slots=True)

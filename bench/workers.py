@@ -16,7 +16,7 @@ from typing import Final
 from bench import cores
 from bench.figures import model
 from bench.loads import LOADS, Bodies
-from bench.servers import wait_answers
+from bench.servers import MISSING, wait_answers
 from bench.wrk import Reading, drive
 from mlcdn.demo.command import Mlcdn
 
@@ -29,7 +29,7 @@ ASKED: Final = ("cached", "unique")
 def run(mlcdn: Mlcdn, work: Path) -> int:
     if shutil.which("wrk") is None:
         print("missing: wrk; nothing was measured")
-        return 1
+        return MISSING
     two = Mlcdn(work / "two-workers")
     two("up", "--detach", "--regions", "tokyo", "--workers", "2", timeout_s=240)
     try:
