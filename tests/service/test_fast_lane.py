@@ -189,6 +189,8 @@ def test_an_answer_is_the_same_on_either_door_a_miss_a_hit_and_a_repeat(tmp_path
 
 VALUES = st.sampled_from(
     [ROW, [0.0] * 32, [-0.0] * 32, [1e-40] * 32, [3.4e38] * 32, [1e39] * 32, [True] * 32, ROW[:31]]
+    # Enough that some are a candidate's.
+    + [[float(n)] * 32 for n in range(8)]
 )
 BODIES = st.one_of(
     st.builds(infer_body, VALUES),
@@ -220,6 +222,7 @@ PATHS = st.sampled_from(
     [
         INFER,
         "/v2/models/digits/versions/v1/infer",
+        "/v2/models/digits/versions/v2/infer",
         "/v2/models/digits/versions/v9/infer",
         "/v2/models/nope/infer",
         "/predict",
@@ -240,6 +243,8 @@ HEADERS = st.lists(
             "Accept: */*",
             "X-Other: 1",
             "mlcdn-deadline-ms: x",
+            "mlcdn-cohort: a",
+            "mlcdn-cohort: d",
         ]
     ),
     max_size=2,
@@ -278,19 +283,31 @@ REQUESTS = st.one_of(
 
 @st.composite
 def streams(draw: st.DrawFn) -> list[bytes]:
-    """What a client may send, cut anywhere."""
+    """What a client may send, cut anywhere; or one request after the other, which is what the lane is for."""
+    if draw(st.booleans()):
+        some = draw(st.lists(REQUESTS, min_size=1, max_size=3))
+        return [*(ask for ask in some for _ in range(3)), LAST]
     whole = b"".join(draw(st.lists(REQUESTS, min_size=1, max_size=5))) + LAST
     at = draw(st.lists(st.integers(0, len(whole)), max_size=4, unique=True).map(sorted))
     return [part for part in (whole[i:j] for i, j in zip([0, *at], [*at, len(whole)], strict=True)) if part]
 
 
-def test_any_stream_of_bytes_is_answered_alike_however_it_is_cut(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("percent", "examples"), [(None, 100), (0, 20), (30, 50), (100, 20)])
+def test_any_stream_of_bytes_is_answered_alike_however_it_is_cut(
+    tmp_path: Path, percent: float | None, examples: int
+) -> None:
+    """With no candidate, and with one for any part of the requests."""
+
     async def scenario() -> None:
-        async with doors(tmp_path) as both:
+        node = Node(tmp_path)
+        node.release(V1)
+        if percent is not None:
+            node.release(V2, version="v2", percent=percent)
+        async with doors(tmp_path, node) as both:
             # Known heads are what makes the lane dangerous: each request alone comes first.
             loop = asyncio.get_running_loop()
 
-            @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+            @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
             @given(streams(), st.booleans())
             def check(chunks: list[bytes], each_alone: bool) -> None:
                 async def compare() -> None:
@@ -302,9 +319,42 @@ def test_any_stream_of_bytes_is_answered_alike_however_it_is_cut(tmp_path: Path)
                 asyncio.run_coroutine_threadsafe(compare(), loop).result(30)
 
             await asyncio.to_thread(check)
-            assert both.lane.lane.heads, "nothing took the lane"
+            for n in range(10):
+                lane, plain = await both.both([*[request(infer_body([float(n)] * 32))] * 3, LAST])
+                assert lane == plain
+            # What took the lane.
+            bound = {served.wanted.version for served in both.lane.lane._bounds}
+            assert bound == {None: {"v1"}, 0: {"v1"}, 30: {"v1", "v2"}, 100: {"v1", "v2"}}[percent]
 
     run(scenario(), 180)
+
+
+def test_a_repeat_ends_with_what_chose_its_release(tmp_path: Path) -> None:
+    """The board moves no slot here: what the worker does by itself must end it too."""
+
+    async def scenario() -> None:
+        node = Node(tmp_path)
+        node.release(V1)
+        node.release(V2, version="v2", percent=0)
+        async with doors(tmp_path, node) as both:
+            slot, ask = both.lane.slots.get("digits"), request(infer_body())
+
+            async def channels() -> list[bytes]:
+                answers = await said(both.ports[0], [ask, ask, ask, LAST])
+                assert answers.count(b"200 OK") == 4
+                return re.findall(rb"mlcdn-model: digits;\w+;(\w+)", answers)
+
+            for percent, channel in ((0, b"stable"), (100, b"candidate"), (50, None), (0, b"stable")):
+                slot.share(percent)
+                found = set(await channels())
+                assert len(found) == 1 and channel in (*found, None)
+                assert [r.turn for h in both.lane.lane.heads.values() for r in h.repeats.values()] == [slot.turn]
+            slot.share(100)
+            assert set(await channels()) == {b"candidate"}
+            slot.drop_candidate()
+            assert set(await channels()) == {b"stable"}
+
+    run(scenario())
 
 
 def test_what_comes_behind_a_request_in_the_lane_waits_for_its_answer(
