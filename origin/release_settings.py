@@ -110,7 +110,9 @@ def schemas(ref_template: str) -> dict[str, Document]:
             part.pop("description", None)
     for name, words in _SPOKEN.items():
         components["ReleaseSettings"]["properties"][name]["description"] = words
-    return components
+    # As JSON has it: a default may be a tuple.
+    plain: dict[str, Document] = msgspec.json.decode(msgspec.json.encode(components))
+    return plain
 
 
 def _converted(given: Document, where: str) -> Any:

@@ -185,7 +185,7 @@ def test_a_form_brings_a_golden_file_and_settings(origin: Origin, tmp_path: Path
     ],
 )
 def test_a_form_that_is_none_gets_a_clear_no(origin: Origin, parts: Any, said: str) -> None:
-    answer = origin.post("/admin/publish?model=misformed", files=parts)
+    answer = origin.post("/admin/publish?model=ill-formed", files=parts)
     assert answer.status_code in (400, 422) and said in answer.json()["error"], answer.text
 
 
