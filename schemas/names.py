@@ -20,6 +20,7 @@ FILE_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 LABEL_MAX: Final = 128
 TEXT_MAX: Final = 2048
 SCOPE_MAX: Final = 512
+_CONTROL: Final = re.compile("[\x00-\x08\x0b-\x1f]")
 
 
 def name(value: str, what: str = "name") -> str:
@@ -52,7 +53,7 @@ def label(value: str, what: str) -> str:
 
 def text(value: str, what: str) -> str:
     """A person's words: at most 2,048 characters, no control characters but newline and tab."""
-    if len(value) > TEXT_MAX or any(c < " " and c not in "\n\t" for c in value):
+    if len(value) > TEXT_MAX or _CONTROL.search(value):
         raise BadInput(f"{what} must be at most {TEXT_MAX} characters without control characters")
     return value
 

@@ -1,4 +1,4 @@
-"""``mlcdn audit state, story, verify, export``: the log asked again. Nothing is written but the file of an export."""
+"""``mlcdn audit state, story, verify, export``: the log asked again. Nothing is written but the files that are asked for."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from streams.audit.export import plan, told
 from streams.audit.replay import state_at
 from streams.audit.story import story as tell
 from streams.audit.verify import verify as judge
+from streams.folds.checkpoints import Held
 
 _AUDITED = (RELEASES.name, INVALIDATIONS.name, FLEET.name)
 
@@ -88,22 +89,36 @@ def story(
 
 
 @app.command()
-def verify(json: Json = False, directory: Dir = DEFAULT_DIR) -> None:
+def verify(
+    full: Annotated[bool, typer.Option("--full", help="Check every signature, whatever checkpoints say.")] = False,
+    since: Annotated[
+        Path | None, typer.Option(help="File of an earlier --remember: the checkpoints in it must still hold.")
+    ] = None,
+    remember: Annotated[
+        Path | None,
+        typer.Option(help="File for the last checkpoints that held; left as it is where something differs."),
+    ] = None,
+    json: Json = False,
+    directory: Dir = DEFAULT_DIR,
+) -> None:
     """Judge every signed record again; hold topics against checkpoints and nodes against the log; exit 1 if one differs."""
     target = Target.at(directory)
+    known = _remembered(since) if since is not None else None
     with output.watched(target.reader, _AUDITED, shown=not json) as reader:
-        found = judge(reader, target.roots, now_ms=time.time_ns() // 1_000_000)
+        found = judge(reader, target.roots, now_ms=time.time_ns() // 1_000_000, since=known, full=full)
+    if remember is not None and found.ok:
+        _remember(remember, found.checkpoints)
     if json:
         output.document(msgspec.to_builtins(found) | {"ok": found.ok})
     else:
         output.say(
-            f"{found.records} records, releases to {found.releases_position},"
+            f"{found.records} records, {found.checked} signatures checked here, releases to {found.releases_position},"
             f" invalidations to {found.invalidations_position}, state {found.state_digest[:16]}",
         )
         for refused in found.refused:
             output.say(f"did not act: {refused.topic} {refused.position}: {refused.refusal} {refused.detail}")
-        for topic, position in found.checkpoints.items():
-            output.say(f"{topic} is vouched for to position {position}")
+        for topic, held in found.checkpoints.items():
+            output.say(f"{topic} is vouched for to position {held.position}")
         for alarm in found.alarms:
             output.say(f"ALARM: {alarm.topic} is {alarm.reason}: {alarm.what}")
         for stale in found.stale:
@@ -157,6 +172,25 @@ def export(
         except OSError as error:
             raise Conflict(f"{out}: {error.strerror}; --resume goes on once that is mended") from None
     output.progress(f"{lines} lines in {out}")
+
+
+def _remembered(path: Path) -> dict[str, Held]:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Held])
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}") from None
+    except msgspec.DecodeError as error:
+        raise BadInput(f"{path} is no file of --remember: {error}") from None
+
+
+def _remember(path: Path, checkpoints: dict[str, Held]) -> None:
+    """Whole or not at all."""
+    half = path.with_name(f"{path.name}.half")
+    try:
+        half.write_bytes(msgspec.json.encode(checkpoints, order="deterministic"))
+        half.replace(path)
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}") from None
 
 
 def _time(timestamp_ms: int | None) -> str:

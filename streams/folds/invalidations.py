@@ -186,7 +186,7 @@ def fold(state: Invalidations, record: Record, signature: bool | None = None) ->
     state.ids[envelope.id] = record.offset
     if len(state.ids) > MAX_REMEMBERED_IDS:
         del state.ids[next(iter(state.ids))]
-    return Step(msgspec.structs.replace(moved, ids=state.ids), envelope=envelope)
+    return Step(moved, envelope=envelope)
 
 
 def purge_of(step: Step[Invalidations]) -> Purge | None:

@@ -94,16 +94,15 @@ def _allowed(grant: KeyGrant, envelope: Envelope) -> None:
     event = envelope.event
     if event.kind == "TrustChanged" or event.kind not in grant.kinds:
         raise EventRefused(Refusal.KEY_NOT_ALLOWED, f"{grant.label} may not sign {event.kind}")
-    if isinstance(event, LogCheckpoint):
-        return  # it speaks of no model
+    if isinstance(event, LogCheckpoint) or "*" in grant.models:
+        return  # it speaks of no model, or may speak of every one
     if isinstance(event, CacheInvalidated):
         # Only a model scope names a model; anything wider takes a key that may speak of every model.
         models = [s.value if s.kind is ScopeKind.MODEL else "*" for s in event.scopes]
     else:
         models = [event.key]
     for model in models:
-        wide = "*" in grant.models
-        if not wide and (model == "*" or not any(fnmatchcase(model, glob) for glob in grant.models)):
+        if model == "*" or not any(fnmatchcase(model, glob) for glob in grant.models):
             raise EventRefused(Refusal.KEY_NOT_ALLOWED, f"{grant.label} may not speak of {model}")
 
 
