@@ -4,6 +4,9 @@ Level, not edge: `reconcile` compares what is loaded with what the log wants and
 cause that may pass is tried again with growing pauses, and the old version serves on. As at an edge, bytes are verified and
 tried in a limited child before they are loaded here; an artifact that was refused is not tried again until the log wants
 another release.
+
+A model in a rollout is hosted on both of its seats, and an edge says by digest which one it means. Edges hear of a change
+sooner or later than this process does, so what left its seat is still answered for `LATE_EDGES_S`.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from schemas.events import Placement
 from streams.artifacts import ArtifactStore, FetchOptions
 from streams.folds import releases
 from streams.folds.releases import Releases
-from streams.folds.wanted import Wanted
+from streams.folds.wanted import Channel, Seated, Wanted, seat
 from streams.log.record import Record
 
 log = structlog.get_logger(__name__)
@@ -32,14 +35,16 @@ log = structlog.get_logger(__name__)
 FETCH_S: Final = 300.0
 FIRST_PAUSE_S: Final = 0.5
 LAST_PAUSE_S: Final = 30.0
+LATE_EDGES_S: Final = 30.0
 
 
 @dataclass(slots=True)
 class Hosted:
-    """A loaded model and how many requests it has in hand."""
+    """A loaded model, on a seat, and how many requests it has in hand."""
 
     wanted: Wanted
     model: OnnxModel
+    channel: Channel = Channel.STABLE
     in_flight: int = 0
 
 
@@ -57,7 +62,9 @@ class Hosting:
         self._store, self._artifacts, self._session = store, directory / "artifacts", session
         self._state = Releases.initial(roots)
         self._roots = roots
+        # By seat.
         self._hosted: dict[str, Hosted] = {}
+        self._left: dict[tuple[str, str], Hosted] = {}
         self._refused: dict[str, Wanted] = {}
         self._changed = asyncio.Event()
         self._caught_up = False
@@ -79,14 +86,17 @@ class Hosting:
         """The log was made again and comes anew from its start; what is loaded serves on until all of it was read."""
         self._state, self._caught_up = Releases.initial(self._roots), False
 
-    def find(self, model: str) -> Hosted:
-        """`NotFound` when it is not placed here, or not loaded yet."""
-        hosted = self._hosted.get(model)
-        if hosted is None:
-            raise NotFound(f"no model {model} is served at the origin")
-        return hosted
+    def find(self, model: str, digest: str | None = None) -> Hosted:
+        """The stable release, or the one of that digest. `NotFound` when it is not placed here, or not loaded yet."""
+        seats = [self._hosted.get(model), self._hosted.get(seat(model, Channel.CANDIDATE))]
+        for hosted in (*seats, self._left.get((model, digest or ""))):
+            if hosted is not None and digest in (None, hosted.wanted.digest):
+                return hosted
+        which = f"{model} of digest {digest[:12]}" if digest else model
+        raise NotFound(f"no model {which} is served at the origin")
 
     def models(self) -> dict[str, Hosted]:
+        """By seat."""
         return dict(self._hosted)
 
     async def run(self, hosted: Hosted, inputs: dict[str, Array], outputs: tuple[str, ...] | None) -> dict[str, Array]:
@@ -118,22 +128,24 @@ class Hosting:
     async def _reconcile(self) -> bool:
         """False when something could not be done and should be tried again."""
         told = releases.desired(self._state, None)
-        wanted = {n: s.wanted for n, s in told.items() if s.wanted.released.placement is Placement.ORIGIN}
+        wanted = {n: s for n, s in told.items() if s.wanted.released.placement is Placement.ORIGIN}
+        # What is loaded changes seats first, and at once: no request finds its release gone meanwhile.
+        loaded = {hosted.wanted.digest: hosted for hosted in (*self._left.values(), *self._hosted.values())}
+        for name, seated in wanted.items():
+            if (known := loaded.get(seated.digest)) is not None:
+                self._seat(name, seated, known.model)
         for name in [n for n in self._hosted if n not in wanted]:
-            del self._hosted[name]
+            self._leaves(self._hosted.pop(name))
             log.info("model retired", model=name)
         done = True
-        for name, want in wanted.items():
-            known = self._hosted.get(name)
+        for name, seated in wanted.items():
+            want, known = seated.wanted, self._hosted.get(name)
             if (known is not None and known.wanted == want) or self._refused.get(name) == want:
-                continue
-            if known is not None and known.wanted.digest == want.digest:
-                self._hosted[name] = Hosted(want, known.model)
                 continue
             try:
                 model = await asyncio.to_thread(self._load, want)
                 await asyncio.to_thread(model.warm)
-                self._hosted[name] = Hosted(want, model)
+                self._seat(name, seated, model)
                 log.info("model hosted", model=name, version=want.version, digest=want.digest)
             except MlcdnError as error:
                 log.warning("model not hosted", model=name, version=want.version, error=str(error))
@@ -141,8 +153,28 @@ class Hosting:
                     done = False
                 else:
                     self._refused[name] = want
-        await asyncio.to_thread(self._sweep, {h.wanted.digest for h in self._hosted.values()})
+        there = (*self._hosted.values(), *self._left.values())
+        await asyncio.to_thread(self._sweep, {hosted.wanted.digest for hosted in there})
         return done
+
+    def _seat(self, name: str, seated: Seated, model: OnnxModel) -> None:
+        before = self._hosted.get(name)
+        if before is not None and before.wanted == seated.wanted:
+            return
+        self._hosted[name] = Hosted(seated.wanted, model, seated.channel)
+        if before is not None and before.wanted.digest != seated.digest:
+            self._leaves(before)
+
+    def _leaves(self, hosted: Hosted) -> None:
+        key = (hosted.wanted.model, hosted.wanted.digest)
+        self._left[key] = hosted
+
+        def gone() -> None:
+            if self._left.get(key) is hosted:
+                del self._left[key]
+                self._changed.set()
+
+        asyncio.get_running_loop().call_later(LATE_EDGES_S, gone)
 
     def _load(self, want: Wanted) -> OnnxModel:
         path = self._artifacts / f"{want.digest}.onnx"

@@ -26,6 +26,8 @@ from schemas.errors import BadInput, MlcdnError, NotFound, Overloaded
 from schemas.topics import TOPICS
 
 _JSON_LENGTH = "inference-header-content-length"
+# Asked: the release that is meant. Said: the one that answered.
+_DIGEST = "mlcdn-digest"
 
 
 def app(hosting: Hosting, max_body_bytes: int) -> Starlette:
@@ -81,7 +83,7 @@ class _Routes:
         )
 
     async def metadata(self, request: Request) -> Response:
-        hosted = self._hosting.find(names.name(request.path_params["model"], "model"))
+        hosted = self._asked(request)
         return answer(
             {
                 "name": hosted.wanted.model,
@@ -94,7 +96,7 @@ class _Routes:
         )
 
     async def infer(self, request: Request) -> Response:
-        hosted = self._hosting.find(names.name(request.path_params["model"], "model"))
+        hosted = self._asked(request)
         body = await body_of(request, self._max_body_bytes)
         asked, binary = protocol.parse_infer(body, request.headers.get(_JSON_LENGTH))
         protocol.check_datatypes(asked, hosted.model.inputs)
@@ -107,6 +109,11 @@ class _Routes:
             return Response(whole, headers=_served(hosted), media_type="application/json")
         headers = _served(hosted) | {_JSON_LENGTH: str(json_length)}
         return Response(whole, headers=headers, media_type="application/octet-stream")
+
+    def _asked(self, request: Request) -> Hosted:
+        digest = request.headers.get(_DIGEST)
+        model = names.name(request.path_params["model"], "model")
+        return self._hosting.find(model, names.digest(digest) if digest is not None else None)
 
     async def schema(self, request: Request) -> Response:
         found = codec.BY_ID.get(request.path_params["id"])
@@ -138,7 +145,7 @@ class _Routes:
 
 def _served(hosted: Hosted) -> dict[str, str]:
     wanted = hosted.wanted
-    return {"mlcdn-digest": wanted.digest, "mlcdn-model": f"{wanted.model};{wanted.version};stable"}
+    return {_DIGEST: wanted.digest, "mlcdn-model": f"{wanted.model};{wanted.version};{hosted.channel}"}
 
 
 def _tensor(spec: Any) -> dict[str, Any]:

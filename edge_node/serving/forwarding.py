@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Final
 
 import structlog
 
@@ -15,6 +16,8 @@ from edge_node.serving.batches import Ask
 from edge_node.serving.origin_client import OriginClient
 from inference.onnx_model import RunFailed
 from schemas.errors import DeadlineExceeded, MlcdnError, NotReady, Unreachable
+
+ASK_S: Final = 2.0
 
 log = structlog.get_logger()
 
@@ -31,6 +34,10 @@ class Forwarding:
         task = asyncio.get_running_loop().create_task(self._forward(self.origin, ask, land))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def ready(self, model: str, digest: str) -> bool:
+        """Whether a release could be forwarded; True where there is nobody to ask."""
+        return self.origin is None or await self.origin.offers(model, digest, ASK_S)
 
     async def close(self) -> None:
         for task in self._tasks:

@@ -3,8 +3,8 @@
 Laws:
 - One connection pool, no redirects, no proxies of the environment, every attempt inside the caller's deadline.
 - What the origin says no to is the caller's fault and keeps its status; what it does not answer is `Unreachable`.
-- An answer counts only if it names the digest that was asked for: during a release the origin and an edge may disagree
-  for a moment, and an entry under the wrong digest would outlive it.
+- The release is asked for by its digest, and an answer counts only if it names that too: during a release the origin and
+  an edge may disagree for a moment, and an entry under the wrong digest would outlive it.
 
 It must not know caches or who asked.
 """
@@ -24,6 +24,7 @@ from inference.oip_answers import infer_body, outputs_in
 from schemas.errors import BadInput, BadTensor, DeadlineExceeded, NotReady, Overloaded, Unreachable
 
 MAX_ANSWER_BYTES = 64 * 2**20
+DIGEST = "mlcdn-digest"
 JSON_LENGTH = "inference-header-content-length"
 MAX_CONNECTIONS = 64
 
@@ -51,7 +52,7 @@ class OriginClient:
     ) -> bytes:
         """The packed outputs of the origin's answer."""
         body, json_length = infer_body(inputs, specs, outputs)
-        headers = {"content-type": "application/octet-stream", JSON_LENGTH: str(json_length)}
+        headers = {"content-type": "application/octet-stream", JSON_LENGTH: str(json_length), DIGEST: digest}
         if traceparent:
             headers["traceparent"] = traceparent
         remaining = deadline.remaining()
@@ -70,12 +71,20 @@ class OriginClient:
             raise self._refused(answer)
         if len(answer.content) > MAX_ANSWER_BYTES:
             raise self._unreachable(f"its answer has {len(answer.content)} bytes")
-        if (actual := answer.headers.get("mlcdn-digest", "")) != digest:
+        if (actual := answer.headers.get(DIGEST, "")) != digest:
             raise NotReady(f"the origin serves {actual[:12] or 'nothing'} of model {model}, not {digest[:12]} yet")
         try:
             return outputs_in(answer.content, _json_length(answer))
         except BadInput as error:
             raise self._unreachable(str(error)) from None
+
+    async def offers(self, model: str, digest: str, timeout_s: float) -> bool:
+        """Whether it serves that release."""
+        try:
+            answer = await self._client.get(f"/v2/models/{model}", headers={DIGEST: digest}, timeout=timeout_s)
+        except httpx.HTTPError:
+            return False
+        return answer.status_code == httpx.codes.OK and answer.headers.get(DIGEST) == digest
 
     async def check(self, timeout_s: float) -> bool:
         """Whether it answers at all."""

@@ -45,6 +45,7 @@ from schemas.metrics import counter, gauge, histogram
 from streams.folds.wanted import Channel, Seated, Wanted, model_of, seat
 
 LOOK_AT_MEMORY_S: Final = 1.0
+ASK_ORIGIN_S: Final = 0.2
 RETRY_S: Final = (1.0, 2.0, 5.0, 15.0, 30.0)
 
 log = structlog.get_logger()
@@ -175,6 +176,9 @@ class Swaps:
         slot = self._slots.find(target.wanted.model)
         if name in self._failures or (slot is not None and slot.on(name) is not None):
             return True
+        if target.forwarded and slot is not None and slot.usual is not None:
+            # The origin may be away, and that is no reason to wait with what is there.
+            return True
         # A candidate has no turn where nothing stable could be taken over.
         return not self._has_its_turn(target) and target.wanted.model in self._failures
 
@@ -219,6 +223,8 @@ class Swaps:
         slot.loading.add(name)
         ms: dict[str, float] = dict(target.ms)
         try:
+            if target.forwarded:
+                await self._until_forwarded(name, slot, target)
             ready = _Ready() if target.forwarded else await self._prepare(slot, target, ms)
         except PhaseFailed as failed:
             self._failed(name, slot, target, failed)
@@ -226,7 +232,8 @@ class Swaps:
         finally:
             slot.loading.discard(name)
         told = self._board.models.get(name) if self._board else None
-        if self._slots.find(slot.name) is not slot or told is None or not _is_same(told.wanted, wanted):
+        still_told = told is not None and _is_same(told.wanted, wanted) and told.forwarded == target.forwarded
+        if self._slots.find(slot.name) is not slot or told is None or not still_told:
             # Retired, taken back or followed by another while it was loading.
             if ready.prepared is not None and not slot.has(ready.prepared.model):
                 ready.prepared.model.close()
@@ -257,6 +264,15 @@ class Swaps:
             ),
             causation_id=wanted.cause,
         )
+
+    async def _until_forwarded(self, name: str, slot: ModelSlot, target: BoardModel) -> None:
+        """While something answers, until the origin has its successor, or that is not wanted any more."""
+        wanted = target.wanted
+        while slot.usual is not None and not await self._answers.forwarding.ready(wanted.model, wanted.digest):
+            await asyncio.sleep(ASK_ORIGIN_S)
+            told = self._board.models.get(name) if self._board else None
+            if told is None or not _is_same(told.wanted, wanted) or told.forwarded != target.forwarded:
+                return
 
     async def _prepare(self, slot: ModelSlot, target: BoardModel, ms: dict[str, float]) -> _Ready:
         loaded = slot.loaded(target.wanted.digest)
