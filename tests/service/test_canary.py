@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from edge_node.serving.cohorts import Split, named_cohort
+from edge_node.serving.origin_client import OriginClient
 from inference.onnx_model import OnnxModel
 from schemas.events import Limits, ModelSwapped, RequestBatch, SwapFailed, Tensor
 from tests import models
@@ -587,5 +588,91 @@ def test_a_candidate_taken_back_while_it_loads_is_never_seated(
             await until(lambda: not loaded[1].is_open)
             assert versions_of(slot) == ("v1", None)
             assert [e.version for e in node.said(ModelSwapped)] == ["v1"]
+
+    run(scenario())
+
+
+class FarAway:
+    """An origin that serves what it is told to: each release answers with a number of its own."""
+
+    def __init__(self) -> None:
+        self.serves: dict[str, float] = {}
+        self.asked: list[str] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        digest = request.headers["mlcdn-digest"]
+        if digest not in self.serves:
+            return httpx.Response(404, json={"error": "not here"})
+        if request.method == "GET":
+            return httpx.Response(200, json={}, headers={"mlcdn-digest": digest})
+        self.asked.append(digest)
+        scores = np.full(8, self.serves[digest], np.float32).tobytes()
+        said = {"name": "scores", "datatype": "FP32", "shape": [1, 8], "parameters": {"binary_data_size": 32}}
+        head = json.dumps({"outputs": [said]}).encode()
+        headers = {"mlcdn-digest": digest, "inference-header-content-length": str(len(head))}
+        return httpx.Response(200, content=head + scores, headers=headers)
+
+
+def test_a_candidate_at_the_origin_is_asked_once_the_origin_has_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        node = Node(tmp_path, origin_url="http://origin")
+        digests = [node.release(V1, forwarded=True)]
+        far = FarAway()
+        far.serves[digests[0]] = 1.0
+        async with node.serving() as http:
+            slot = node.worker.slots.get("digits")
+            node.worker.predictor.forwarding.origin = OriginClient("http://origin", transport=httpx.MockTransport(far))
+
+            async def ask(n: int) -> tuple[str, float]:
+                answer = await http.post("/predict", json={"features": row(n)})
+                assert answer.status_code == 200, answer.text
+                return answer.json()["version"], answer.json()["prediction"][0]
+
+            digests.append(node.release(V2, version="v2", percent=50, forwarded=True))
+            for n in range(30):
+                assert await ask(n) == ("v1", 1.0)
+                await asyncio.sleep(0.01)
+            assert slot.candidate is None and slot.loading == {"digits@candidate"} and not node.said(SwapFailed)
+            far.serves[digests[1]] = 2.0
+            await until(lambda: slot.candidate is not None)
+            answers = {await ask(n) for n in range(100, 140)}
+            assert answers == {("v1", 1.0), ("v2", 2.0)}
+            node.promote()
+            await until(lambda: versions_of(slot) == ("v2", None))
+            assert {await ask(n) for n in range(100, 140)} == {("v2", 2.0)}
+            # One that never gets there is waited for until it is taken back.
+            node.release(V3, version="v3", percent=50, forwarded=True)
+            await until(lambda: bool(slot.loading))
+            node.retire("digits@candidate")
+            await until(lambda: not slot.loading)
+            assert versions_of(slot) == ("v2", None)
+
+    run(scenario())
+
+
+def test_a_model_at_the_origin_may_be_asked_without_its_optional_inputs(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        node = Node(tmp_path, origin_url="http://origin")
+        inputs = [
+            Tensor(name="features", datatype="FP32", shape=(-1, 32)),
+            Tensor(name="scale", datatype="FP32", shape=(-1,), optional=True, ranked=False),
+        ]
+        far = FarAway()
+        far.serves[node.release(V1, forwarded=True, inputs=inputs)] = 1.0
+        async with node.serving() as http:
+            node.worker.predictor.forwarding.origin = OriginClient("http://origin", transport=httpx.MockTransport(far))
+            metadata = (await http.get("/v2/models/digits")).json()
+            assert metadata["inputs"][1]["parameters"] == {"optional": True, "any_rank": True}
+            features = {"name": "features", "datatype": "FP32", "shape": [1, 32], "data": ROW}
+            scale = {"name": "scale", "datatype": "FP32", "shape": [1], "data": [2]}
+            for tensors, status in (
+                ([features], 200),
+                ([features, scale], 200),
+                ([scale], 400),
+                ([features, scale | {"name": "other"}], 400),
+            ):
+                answer = await http.post("/v2/models/digits/infer", json={"inputs": tensors})
+                assert answer.status_code == status, answer.text
+            assert (await http.post("/predict", json={"features": ROW})).status_code == 200
 
     run(scenario())
