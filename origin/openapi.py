@@ -154,6 +154,15 @@ def _schemas() -> dict[str, Schema]:
                 "wall_ms": _NUMBER,
             },
             {
+                "rollout": _object(
+                    {
+                        "status": {"enum": ["rolling", "paused", "halted", "aborted", "done", "superseded"]},
+                        "step": _WHOLE,
+                        "waves": _WHOLE,
+                        "verdicts": _list(_object({"id": _TEXT, "step": _WHOLE, "verdict": _TEXT, "reason": _TEXT})),
+                    }
+                )
+                | {"description": "What its waves came to, where it has some and the answer waited."},
                 "trial": _object(
                     {
                         "load_ms": _NUMBER,
