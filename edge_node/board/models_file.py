@@ -7,10 +7,13 @@ verified and tried. It must not know how it gets to the disk.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import msgspec
 
+from schemas.errors import MlcdnError
 from streams.folds.wanted import Channel, Seated, Wanted
 
 FORMAT: Final = 2
@@ -74,5 +77,15 @@ def encode(file: BoardFile) -> bytes:
 
 
 def decode(data: bytes) -> BoardFile:
-    """Raises `msgspec.DecodeError` (a `ValueError`) for what is not a whole board file."""
-    return msgspec.json.decode(data, type=BoardFile)
+    """Raises `ValueError` for what is not a whole board file."""
+    with refused():
+        return msgspec.json.decode(data, type=BoardFile)
+
+
+@contextmanager
+def refused() -> Iterator[None]:
+    """What an event may not say is no board either: a ValueError, as all that is damaged."""
+    try:
+        yield
+    except MlcdnError as error:
+        raise ValueError(str(error)) from error

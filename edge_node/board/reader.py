@@ -10,7 +10,8 @@ from pathlib import Path
 
 import structlog
 
-from edge_node.board import models_file, purge_log
+from edge_node.board import log_memory, purge_log
+from edge_node.board.decoder import BoardDecoder
 from edge_node.board.disk import Disk, RealDisk
 from edge_node.board.fence import POLICY, Fence
 from edge_node.board.models_file import BoardFile
@@ -27,13 +28,14 @@ class BoardReader:
         self._disk: Disk = disk if disk is not None else RealDisk()
         self.fence = Fence.open(self._folder / "fence", writable=False)
         self._file: BoardFile | None = None
+        self._decoder = BoardDecoder()
         self._purges = ""
 
     def load(self) -> BoardFile | None:
         """What the board says now; None before the agent first wrote, or when the file cannot be read (logged)."""
         data = self._disk.read(self._folder / "models.json")
         try:
-            self._file = models_file.decode(data) if data is not None else None
+            self._file = self._decoder.decode(data) if data is not None else None
         except ValueError as error:
             log.error("board_unreadable", error=str(error))
             self._file = None
@@ -54,6 +56,10 @@ class BoardReader:
         data = self._disk.read(self._folder / self._purges, since_offset)
         purges, taken = purge_log.decode(data or b"")
         return purges, since_offset + taken
+
+    def log_alarms(self) -> dict[str, dict[str, str]]:
+        """What the agent last found wrong with the log itself, by topic and reason."""
+        return log_memory.read(self._disk, self._folder).alarms
 
     def close(self) -> None:
         self.fence.close()
