@@ -14,9 +14,11 @@ from typing import Any, Final
 
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 
 from edge_node.caching.cache import Cache
 from edge_node.serving.board_view import HEARTBEAT_LATE_S, BoardView
+from edge_node.serving.exposition import OfModels
 from edge_node.serving.origin_client import OriginClient
 from edge_node.serving.reporter import Identity, Reporter
 from edge_node.serving.swaps import Swaps
@@ -62,6 +64,9 @@ class Health:
         }
         if self._origin is not None:
             parts["origin"] = await self._origin_up(self._origin)
+        alarms = self._view.log_alarms
+        if alarms:
+            parts["log"] = False
         degraded = sorted(name for name, answers in parts.items() if not answers)
         return {
             "status": "degraded" if degraded else "ok",
@@ -71,6 +76,7 @@ class Health:
             "models": self._models(),
             "lookup_ms": {tier: round(seconds * 1e3, 3) for tier, seconds in self._cache.lookup_s().items()},
             "positions": self._view.positions,
+            "log_alarms": alarms,
             "node": self._identity.node,
             "region": self._identity.region,
             "worker": self._identity.worker,
@@ -80,10 +86,11 @@ class Health:
         gauge("mlcdn_control_plane_age_seconds").set(self._view.heartbeat_age_s or 0.0)
         for topic, position in self._view.positions.items():
             gauge("mlcdn_log_position").labels(topic).set(position)
-        registry = REGISTRY
+        source: Collector = REGISTRY
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-            registry = CollectorRegistry()
-            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+            source = MultiProcessCollector(CollectorRegistry())  # type: ignore[no-untyped-call]
+        registry = CollectorRegistry()
+        registry.register(OfModels(source, {m.name for m in self._swaps.standing()}))
         return generate_latest(registry), CONTENT_TYPE_LATEST
 
     def _models(self) -> dict[str, Any]:

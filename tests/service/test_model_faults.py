@@ -35,8 +35,8 @@ LIVE, ENDLESS = "steady", "endless"
 
 STORM, STORM_RATE, STORM_S = 100, 300.0, 40.0
 FETCHES = 2
-# The promise is twice the usual p99, and it is not kept: for the three seconds in which a hundred sessions are loaded it was
-# 9 to 43 ms beside 1.4 to 3.2 on an otherwise idle machine of two cores. This is what holds.
+# The promise is twice the usual p99. What stands in its way on two cores is a hundred trials, 24 ms of a core each, beside
+# the loop: before they gave way it was 20 to 60 ms beside 3 to 4, on a machine with little else to do. This is what holds.
 STORM_ADDED_MS = 100.0
 
 RATE = 100.0
@@ -157,6 +157,9 @@ def test_a_storm_of_releases_slows_nobody_down_and_is_all_served(scene: Scene) -
     operator.append_all([ModelRetired(model=r.model, sequence=r.sequence + 1, author="test") for r in releases])
     until(lambda: not scene.states().keys() & {r.model for r in releases}, START_S)
     assert node.serves(LIVE, scene.digests[LIVE])
+    metrics = node.get("/metrics")
+    assert metrics is not None and f'model="{LIVE}"' in metrics.text
+    assert 'model="storm-' not in metrics.text, "a retired model is still told of"
 
 
 class Watched:
