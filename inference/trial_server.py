@@ -8,6 +8,7 @@ Laws:
 - Every child ends: by itself, by its limits, by its wall-clock deadline, by a cancel, or with the server.
 - End of input is the order to stop, so the server never outlives the process that asked.
 - It sits in a folder that it removed, and so do its children.
+- It and its children give way to what serves: a release waits for a prediction, never the other way round.
 
 It must not know releases, or what a verdict leads to.
 """
@@ -44,9 +45,12 @@ from inference.trial_report import (
     frame,
     take_frame,
 )
+from processes.priority import lower_priority
 from schemas.errors import ModelRefused
 
 _CHUNK = 65536
+# A tenth of a core beside a process that wants it all; at 19 a trial may not end before its deadline there.
+_NICENESS = 10
 
 
 class _Child:
@@ -212,6 +216,7 @@ def _threads() -> int:
 def main() -> int:
     # An interrupt at the terminal reaches the whole group; who asked for the trials decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    lower_priority(_NICENESS)
     client = socket.socket(fileno=os.dup(0))
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1):

@@ -71,6 +71,9 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     runner = Runner(tmp_path_factory.mktemp("trials"))
     pid = runner.trials.server_pid
     assert pid is not None
+    assert os.getpriority(os.PRIO_PROCESS, pid) > os.getpriority(os.PRIO_PROCESS, 0), (
+        "trials do not give way to what serves"
+    )
     yield runner
     runner.close()
     assert children_of(os.getpid(), "inference.trial_server") == []
