@@ -36,6 +36,13 @@ def raw_of(array: Array) -> bytes:
     return b"".join([part for element in array.ravel() for part in (pack(len(element)), element)])
 
 
+def raw_size(array: Array) -> int:
+    """How long `raw_of` is."""
+    if array.dtype.kind != "O":
+        return array.nbytes
+    return sum(_LENGTH.size + len(element) for element in array.flat)
+
+
 def array_of(datatype: str, shape: tuple[int, ...], raw: bytes | memoryview) -> Array:
     """From bytes that `raw_of` made: what callers send is for `checked_array`."""
     dtype = DTYPES[datatype]

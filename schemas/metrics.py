@@ -56,6 +56,8 @@ CATALOGUE: Final[dict[str, Metric]] = {
     "mlcdn_dead_letters_total": Metric("counter", "Records that did not act, by reason.", ("topic", "reason")),
     "mlcdn_dead_letters_suppressed_total": Metric("counter", "Dead letters above the bounded rate, counted only.", ()),
     "mlcdn_rows_dropped_total": Metric("counter", "Request rows dropped because a queue was full.", ()),
+    "mlcdn_shadow_answers_total": Metric("counter", "Answers held against a candidate's, by outcome.", ("model", "outcome")),
+    "mlcdn_recordings_total": Metric("counter", "Requests chosen to be recorded, by outcome.", ("model", "outcome")),
     "mlcdn_events_dropped_total": Metric("counter", "Fleet events dropped because a queue was full.", ("kind",)),
     "mlcdn_follower_rebuilds_total": Metric("counter", "Times a stalled or failed follower was rebuilt.", ("group",)),
     "mlcdn_control_plane_age_seconds": Metric("gauge", "Time since the agent's last heartbeat.", (), "livemax"),

@@ -109,6 +109,13 @@ class Settings(BaseSettings):
     )
     fetch_bytes_s: int = Field(0, ge=0, description="Most bytes a second that a node's fetches take; 0: no limit.")
 
+    recordings_kafka: str = Field(
+        "", description="Kafka that a node's recorded requests stay in: the region's own; empty: the network's."
+    )
+    recordings_bytes_s: int = Field(
+        65_536, ge=0, description="Most bytes a second of requests that a worker records; 0: none."
+    )
+
     router_margin: float = Field(
         0.05, ge=0, le=1, description="Candidates within this score of the best share the load."
     )

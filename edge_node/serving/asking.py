@@ -22,6 +22,7 @@ from edge_node.serving.batches import Ask
 from edge_node.serving.controls import Consulted, Controls
 from edge_node.serving.flights import Flight, Found, Outcome
 from edge_node.serving.predict import Answer, Predictor, collapsed, model_tier
+from edge_node.serving.sampling import tell
 from edge_node.serving.served import Served
 from inference.deadlines import Deadline
 from schemas.errors import BadInput, BadTensor, DeadlineExceeded, MlcdnError
@@ -80,6 +81,9 @@ class Asking:
                     raise DeadlineExceeded("no answer before the deadline") from None
             else:
                 landed = await found
+        if served.witness is not None:
+            for ask, one in zip(asks, landed, strict=True):
+                tell(ask, one.body)
         return [self._core.answer(ask, one) for ask, one in zip(asks, landed, strict=True)]
 
     async def _find(self, asks: Sequence[Ask]) -> list[Found]:

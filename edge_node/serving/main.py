@@ -17,6 +17,7 @@ import gc
 import os
 import socket
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Final, cast
 
@@ -39,8 +40,10 @@ from edge_node.serving.lane.lane import Lane
 from edge_node.serving.model_slot import Slots
 from edge_node.serving.origin_client import OriginClient
 from edge_node.serving.predict import Predictor
+from edge_node.serving.recordings import Recordings
 from edge_node.serving.reporter import Identity, Reporter, Standing
 from edge_node.serving.routes import Doors, Limits, build_app
+from edge_node.serving.sampling import Sampling
 from edge_node.serving.statistics import Statistics
 from edge_node.serving.swaps import Swaps
 from inference.onnx_model import SessionSettings
@@ -67,6 +70,7 @@ FIRST_LOADS_S: Final = 10.0
 DRAIN_NOTICE_S: Final = 0.3
 # An outage of this length loses no row: the queue holds 16 MiB, and what stays in it longer is dropped and counted.
 DELIVERY_TIMEOUT_S: Final = 600.0
+RECORDINGS_KBYTES: Final = 4_096
 
 log = structlog.get_logger()
 
@@ -75,8 +79,16 @@ class Worker:
     """The parts of a worker and what runs beside its requests. Made in the running loop that serves it."""
 
     def __init__(
-        self, settings: Settings, number: int, url: str, reader: BoardReader, cache: Cache, appender: Appender
+        self,
+        settings: Settings,
+        number: int,
+        url: str,
+        reader: BoardReader,
+        cache: Cache,
+        appender: Appender,
+        recordings_log: Callable[[], Appender] | None = None,
     ) -> None:
+        """`recordings_log` makes what recorded requests are offered to; None: `appender`."""
         self._settings, self._reader, self.cache = settings, reader, cache
         self.identity = Identity(
             node=settings.node,
@@ -103,6 +115,8 @@ class Worker:
             self.predictor,
             settings.model_memory_bytes,
         )
+        recordings = Recordings(self.identity, recordings_log or (lambda: appender), settings.recordings_bytes_s)
+        self.sampling = Sampling(self.slots, self.identity, self.reporter.say, recordings)
         self.health = Health(self.view, self.swaps, cache, self.origin, self.reporter, self.identity)
         doors = Doors(
             self.health,
@@ -142,6 +156,7 @@ class Worker:
             self.swaps.follow(board)
         else:
             self.swaps.tend()
+        self.sampling.tend()
 
     async def run(self) -> None:
         """What runs beside requests, until it is cancelled."""
@@ -155,6 +170,7 @@ class Worker:
         self.reporter.beat()
 
     async def close(self, cause: str) -> None:
+        self.sampling.stop()
         await self.swaps.close()
         await self.predictor.close()
         self.reporter.leave(cause)
@@ -163,7 +179,7 @@ class Worker:
         await self.cache.close()
         if self.origin is not None:
             await self.origin.close()
-        await self.writer.close()
+        await asyncio.gather(self.writer.close(), self.sampling.close())
 
     async def _look_on(self) -> None:
         while True:
@@ -194,6 +210,12 @@ async def serve(settings: Settings) -> None:
         BoardReader(settings.dir),
         open_cache(settings, number),
         KafkaAppender(settings.kafka, client_id=f"{settings.node}-worker", timeout_s=DELIVERY_TIMEOUT_S),
+        # What waits for a log that is away is not worth much memory, nor a place among the rows.
+        lambda: KafkaAppender(
+            settings.recordings_kafka or settings.kafka,
+            client_id=f"{settings.node}-recordings",
+            queue_kbytes=RECORDINGS_KBYTES,
+        ),
     )
     await _settle(worker)
     cut = metrics.counter("mlcdn_connections_cut_total")

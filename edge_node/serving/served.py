@@ -7,7 +7,7 @@ slots, swaps, caches or requests.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from schemas.events import Tensor
 from streams.folds.wanted import Channel, Wanted, seat
 
 if TYPE_CHECKING:
+    from edge_node.serving.batches import Ask
     from edge_node.serving.engine import Engine
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -58,6 +59,8 @@ class Served:
         # Where its jobs go: its slot's. None before it is swapped in, and for ever where the origin answers.
         self.engine: Engine | None = None
         self.in_flight = 0
+        # Who is told of its answers: see sampling.py.
+        self.witness: Callable[[Ask, bytes], None] | None = None
         self._keys: PlainKeys | None = None
         self._drained: asyncio.Event | None = None
 

@@ -87,10 +87,11 @@ class Node:
         inputs: Sequence[Tensor] = (),
         outputs: Sequence[Tensor] = (),
         percent: float | None = None,
+        **more: Any,
     ) -> str:
         """What the agent does once the artifact is on disk: the board names it. `file` is what is on disk instead.
 
-        With a `percent` it is a candidate, beside what is stable.
+        With a `percent` it is a candidate, beside what is stable; `more` is more of the release.
         """
         digest = hashlib.sha256(data).hexdigest()
         path = self.directory / "models" / f"{digest}.onnx"
@@ -115,6 +116,7 @@ class Node:
             batching=Batching(batchable=batchable),
             created_at_ms=0,
             author="tests",
+            **more,
         )
         wanted = Wanted(
             model=model,

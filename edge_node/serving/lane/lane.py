@@ -38,6 +38,7 @@ from edge_node.serving.model_slot import ModelSlot, Slots
 from edge_node.serving.predict import Predictor, collapsed
 from edge_node.serving.reporter import Identity
 from edge_node.serving.rows import Rows
+from edge_node.serving.sampling import tell
 from edge_node.serving.served import Served
 from inference.deadlines import Deadline
 from inference.onnx_model import RunFailed
@@ -189,6 +190,8 @@ class Lane:
                 repeat = Repeat(wire.rest, until, ask.as_of, policy, slot, slot.turn, place, entry, cells, 0)
                 self.repeats.put(known, body, repeat)
         self.row((t0, time.perf_counter_ns() - t0, cells))
+        if bound.served.witness is not None:
+            tell(ask, found.body)
         return wire
 
     def _landed(
@@ -197,6 +200,8 @@ class Lane:
         if isinstance(one, Found):
             wire, size = self._worded(known, bound, ask, taken, one)
             cells = self._rows.cells(one.tier, 200, bound.row_index, len(body), size, ask.key)
+            if bound.served.witness is not None:
+                tell(ask, one.body)
         else:
             wire, size = self._refusal(one)
             cells = self._rows.cells("none", wire.status, bound.row_index, len(body), size, b"")

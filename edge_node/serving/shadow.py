@@ -1,0 +1,236 @@
+"""A candidate's shadow: it answers, for nobody, what the stable release has answered for clients, and is compared with it.
+
+    an answer that was given → one of the share? → a short queue → [the worker has nothing else to do?]
+      → the candidate, in a thread of its own at a low priority → compare → one ShadowCompared a second at most
+
+Laws:
+- No answer waits for it, is changed by it, or is kept because of it: it begins after the answer has left, fills no cache,
+  and runs neither in the loop nor in an engine.
+- It gives way: nothing is begun while a model has computations waiting, or loop or machine are busy; what waited long, or
+  found the queue full, is skipped and counted.
+- By a request's key, so the same one is always in the share or never, and is compared once a second at most.
+- A candidate that hangs until its deadline keeps no other model's shadow from running.
+
+It must not know doors, caches, percentages of a rollout, or what a difference leads to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+import structlog
+
+from edge_node.serving.batches import Ask
+from edge_node.serving.reporter import Identity
+from edge_node.serving.served import Served
+from inference.compare import compared, packed_values, values
+from inference.deadlines import Deadline
+from inference.golden import ATOL, RTOL
+from inference.oip_binary import raw_size
+from inference.onnx_model import OnnxModel
+from processes.priority import lower_priority
+from schemas.errors import MlcdnError
+from schemas.events import Event, ShadowCompared
+from schemas.metrics import counter
+
+MAX_WAITING: Final = 64
+MAX_WAITING_BYTES: Final = 16 * 2**20
+MAX_WAIT_S: Final = 2.0
+REPORT_S: Final = 1.0
+# Compared in one stay in the thread.
+BATCH: Final = 16
+# Of a core: above this the loop has enough to do; and if it is looked at so much later than it asked for, the machine has.
+BUSY: Final = 0.7
+LATE_S: Final = 0.05
+_BUCKETS: Final = 10_000
+# As the engines' threads: one that is starved by other processes while it has the interpreter keeps the loop waiting.
+_NICENESS: Final = 10
+# Long enough for the loop to take the interpreter; a sleep of nothing would take it back before the loop is awake.
+_GIVE_WAY_S: Final = 0.0002
+
+Array = np.ndarray[Any, np.dtype[Any]]
+log = structlog.get_logger()
+
+
+class _Given(msgspec.Struct, frozen=True, gc=False):
+    """What was asked, and what the stable release answered."""
+
+    inputs: Mapping[str, Array]
+    body: bytes
+    since: float
+    size: int
+
+
+class Tally(msgspec.Struct):
+    rows: int = 0
+    disagreements: int = 0
+    max_difference: float = 0.0
+    top1_rows: int = 0
+    top1_agreements: int = 0
+    failed: int = 0
+    skipped: int = 0
+
+    def add(self, other: Tally) -> None:
+        for field in self.__struct_fields__:
+            if field == "max_difference":
+                self.max_difference = max(self.max_difference, other.max_difference)
+            else:
+                setattr(self, field, getattr(self, field) + getattr(other, field))
+
+
+class Shadow:
+    """Of one candidate beside one stable release. One event loop owns it."""
+
+    def __init__(self, stable: Served, candidate: Served, identity: Identity, say: Callable[[Event], None]) -> None:
+        self._stable, self._candidate, self._identity, self._say = stable, candidate, identity, say
+        # A share above nothing is one bucket at least.
+        self._below = math.ceil(round(candidate.wanted.released.shadow_percent * _BUCKETS / 100, 6))
+        self._waiting: deque[_Given] = deque()
+        self._bytes = 0
+        self._seen: set[bytes] = set()
+        self._tally = Tally()
+        self._started_ms = time.time_ns() // 1_000_000
+        self._reported = time.monotonic()
+        self._running = self._closed = False
+        self._idle = False
+        self._looked, self._worked = time.monotonic(), time.thread_time()
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix=f"shadow-{candidate.name}", initializer=partial(lower_priority, _NICENESS)
+        )
+
+    def of(self, stable: Served | None, candidate: Served | None) -> bool:
+        return self._stable is stable and self._candidate is candidate
+
+    def offer(self, ask: Ask, body: bytes) -> None:
+        """An answer of the stable release that a client has."""
+        if int.from_bytes(ask.key[8:12], "big") % _BUCKETS >= self._below or ask.key in self._seen or self._closed:
+            return
+        size = sum(map(raw_size, ask.inputs.values())) + len(body)
+        if len(self._waiting) >= MAX_WAITING or self._bytes + size > MAX_WAITING_BYTES:
+            self._tally.skipped += 1
+            return
+        self._seen.add(ask.key)
+        self._bytes += size
+        self._waiting.append(_Given(ask.inputs, body, time.monotonic(), size))
+
+    def tend(self, idle: bool) -> None:
+        """Every few ms. `idle`: no model of the worker has computations waiting."""
+        now, worked = time.monotonic(), time.thread_time()
+        share = (worked - self._worked) / max(now - self._looked, 1e-6)
+        looked, self._looked, self._worked = self._looked, now, worked
+        self._idle = idle and share < BUSY and now - looked < LATE_S
+        while self._waiting and now - self._waiting[0].since > MAX_WAIT_S:
+            self._taken()
+            self._tally.skipped += 1
+        self._begin()
+        if now - self._reported >= REPORT_S:
+            self._report(now)
+
+    def close(self) -> None:
+        """What was compared is said; what waited is not compared any more."""
+        self._closed = True
+        self._tally.skipped += len(self._waiting)
+        self._waiting.clear()
+        self._report(time.monotonic())
+        self._thread.shutdown(wait=False)
+
+    def _begin(self) -> None:
+        model, engine = self._candidate.model, self._candidate.engine
+        if not self._waiting or self._running or self._closed or not self._idle or model is None:
+            return
+        if self._candidate.asleep or engine is None or engine.queued:
+            return
+        # A candidate that only a shadow asks for is not idle: its session stays.
+        engine.last_used = time.monotonic()
+        batch = [self._taken() for _ in range(min(BATCH, len(self._waiting)))]
+        self._running = True
+        self._candidate.enter()
+        running = asyncio.get_running_loop().run_in_executor(self._thread, self._compare, model, batch)
+        running.add_done_callback(self._ended)
+
+    def _ended(self, done: asyncio.Future[Tally]) -> None:
+        self._running = False
+        self._candidate.leave()
+        self._tally.add(done.result())
+        if self._closed:
+            self._report(time.monotonic())
+        else:
+            self._begin()
+
+    def _taken(self) -> _Given:
+        given = self._waiting.popleft()
+        self._bytes -= given.size
+        return given
+
+    def _report(self, now: float) -> None:
+        tally, self._tally = self._tally, Tally()
+        started_ms, self._started_ms = self._started_ms, time.time_ns() // 1_000_000
+        self._reported = now
+        self._seen.clear()
+        if not (tally.rows or tally.failed or tally.skipped):
+            return
+        model = self._candidate.name
+        agreed = tally.rows - tally.disagreements
+        for outcome, count in (
+            ("agreed", agreed),
+            ("differed", tally.disagreements),
+            ("failed", tally.failed),
+            ("skipped", tally.skipped),
+        ):
+            counter("mlcdn_shadow_answers_total").labels(model, outcome).inc(count)
+        self._say(
+            ShadowCompared(
+                **self._identity.fleet(),
+                model=model,
+                sequence=self._candidate.wanted.sequence,
+                stable_digest=self._stable.digest,
+                candidate_digest=self._candidate.digest,
+                started_at_ms=started_ms,
+                rows=tally.rows,
+                disagreements=tally.disagreements,
+                max_difference=tally.max_difference,
+                top1_rows=tally.top1_rows,
+                top1_agreements=tally.top1_agreements,
+                failed=tally.failed,
+                skipped=tally.skipped,
+            )
+        )
+
+    def _compare(self, model: OnnxModel, batch: Sequence[_Given]) -> Tally:
+        """In the thread."""
+        tally, released, specs = Tally(), self._candidate.wanted.released, self._candidate.outputs
+        golden = released.golden
+        rtol, atol = (golden.rtol, golden.atol) if golden is not None else (RTOL, ATOL)
+        for given in batch:
+            if self._closed:
+                tally.skipped += 1
+                continue
+            try:
+                model.validate_inputs(given.inputs)
+                wanted = packed_values(given.body)
+                names = [name for name in wanted if name in model.output_names]
+                deadline = Deadline.after(released.limits.deadline_ms / 1e3)
+                got = model.run(given.inputs, names, deadline) if names else {}
+                one = compared(wanted, values(got, specs), rtol, atol)
+            except MlcdnError:
+                tally.failed += 1
+            except Exception:
+                log.exception("shadow_broke", model=self._candidate.name)
+                tally.failed += 1
+            else:
+                tally.rows += 1
+                tally.disagreements += one.difference is not None
+                tally.max_difference = max(tally.max_difference, one.max_difference)
+                tally.top1_rows += one.top1_rows
+                tally.top1_agreements += one.top1_agreements
+            time.sleep(_GIVE_WAY_S)
+        return tally
