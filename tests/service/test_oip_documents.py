@@ -148,3 +148,18 @@ def _resolved(item: dict[str, Any]) -> dict[str, Any]:
             found = found[part]
     named: dict[str, Any] = found
     return named
+
+
+def test_how_long_it_took_is_told_to_who_asks(node: OipNode) -> None:
+    body, asks = {"model": "digits", "features": [0.125] * 32}, {"mlcdn-server-timing": "1"}
+    told = [node.http.post("/predict", json=body, headers=asks) for _ in range(2)]
+    tiers = []
+    for answer in told:
+        match = re.fullmatch(r'edge;desc="([a-z]+)";dur=([0-9]+\.[0-9]{3})', answer.headers["server-timing"])
+        assert match is not None and 0 < float(match.group(2)) <= answer.elapsed.total_seconds() * 1e3
+        tiers.append(match.group(1))
+    assert tiers == ["model", "memory"]
+    assert 'desc="none"' in node.http.get("/health", headers=asks).headers["server-timing"]
+    # By the fast lane, and beside it.
+    for unasked in ({}, {"cache-control": "max-age=60"}):
+        assert "server-timing" not in node.http.post("/predict", json=body, headers=unasked).headers
