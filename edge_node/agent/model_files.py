@@ -100,7 +100,7 @@ class ModelFiles:
         path = self.folder / f"{proof.digest}.tried"
         # Proofs of another runtime say nothing any more.
         proofs = {p for p in self._proofs(path) if p.runtime == proof.runtime} | {proof}
-        write_durably(path, msgspec.json.encode(proofs, order="deterministic"))
+        write_durably(path, msgspec.json.encode(sorted(proofs, key=msgspec.json.encode)))
         with self._lock:
             self.proofs |= {proof}
 

@@ -827,6 +827,10 @@ def test_proofs_outlive_a_process_and_go_with_their_file(tmp_path: Path) -> None
     ModelFiles(tmp_path).prove(proof)
     again = ModelFiles(tmp_path)
     assert again.proofs == {proof}
+    # The same bytes, released again with a golden file.
+    other = Proof(digest=digest, golden=models.sha256(b"golden"), rtol=0, atol=0, runtime="r")
+    again.prove(other)
+    assert ModelFiles(tmp_path).proofs == {proof, other}
     assert again.remove((f"{digest}.onnx",)) == 4
     assert ModelFiles(tmp_path).proofs == frozenset()
 
