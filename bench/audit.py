@@ -46,22 +46,10 @@ def run(mlcdn: Mlcdn | None, work: Path, events: int = EVENTS) -> int:
         print(f"{events:,} events written in {time.monotonic() - began:.0f} s")
         reader = KafkaReader(kafka)
         lengths = {t.name: sum(reader.watermarks(t.name, p)[1] for p in range(t.partitions)) for t in TOPICS.values()}
-        audited, everything = sum(lengths[name] for name in _AUDITED), sum(lengths.values())
-        report = f"e-{0:031d}"
-        cases = (
-            ("state", audited, ("state", "--json")),
-            ("story of a model", audited, ("story", "model-3", "--json")),
-            ("story of positions", audited, ("story", "20/100", "--json")),
-            ("story of a report", audited, ("story", report, "--json")),
-            ("verify", audited, ("verify", "--json")),
-            ("export, fleet and releases", lengths[FLEET.name] + lengths[RELEASES.name],
-             ("export", "--topics", "fleet", "--topics", "releases")),
-            ("export, all", everything, ("export",)),
-        )  # fmt: skip
         print(f"{'':<28}{'records':>12}{'wall s':>9}{'CPU s':>9}{'rate / s':>12}{'RSS MiB':>9}")
         rates = []
         environment = {**os.environ, "MLCDN_KAFKA": kafka, "MLCDN_ROOT_KEYS": str(roots)}
-        for name, records, command in cases:
+        for name, records, command in cases(lengths):
             cost = _measured(command, environment)
             rates.append(f"{name} {records / cost.cpu_s / REACH:.2f}")
             print(
@@ -70,6 +58,21 @@ def run(mlcdn: Mlcdn | None, work: Path, events: int = EVENTS) -> int:
             )
     print(f"ratio: rate / {REACH:,} per s and core: {', '.join(rates)}")
     return 0
+
+
+def cases(lengths: Mapping[str, int]) -> tuple[tuple[str, int, tuple[str, ...]], ...]:
+    """What is measured: its name, how many records it reads of topics of these lengths, the command."""
+    audited = sum(lengths[name] for name in _AUDITED)
+    return (
+        ("state", audited, ("state", "--json")),
+        ("story of a model", audited, ("story", "model-3", "--json")),
+        ("story of positions", audited, ("story", "20/100", "--json")),
+        ("story of a report", audited, ("story", f"e-{0:031d}", "--json")),
+        ("verify", audited, ("verify", "--json")),
+        ("export, fleet and releases", lengths[FLEET.name] + lengths[RELEASES.name],
+         ("export", "--topics", "fleet", "--topics", "releases")),
+        ("export, all", sum(lengths.values()), ("export",)),
+    )  # fmt: skip
 
 
 def _measured(command: tuple[str, ...], environment: Mapping[str, str]) -> Cost:
