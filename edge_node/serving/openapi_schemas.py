@@ -184,6 +184,7 @@ SCHEMAS: Final[dict[str, Schema]] = {
             "dependencies": {"type": "object", "additionalProperties": TEXT},
             "models": {"type": "object"},
             "positions": {"type": "object"},
+            "log_alarms": {"type": "object"},
             "node": TEXT,
             "region": TEXT,
             "worker": WHOLE,
