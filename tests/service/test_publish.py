@@ -228,8 +228,17 @@ def test_another_signature_is_refused_before_anything_is_uploaded(desk: Desk, fi
     assert desk.publish("signed", other).changes == ()
 
 
-def test_a_signature_is_compared_again_with_the_winner_of_a_race(desk: Desk, file: Path, tmp_path: Path) -> None:
+def test_a_signature_is_compared_again_with_the_winner_of_a_race(
+    desk: Desk, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing was served when the loser's upload began."""
+    both, upload = asyncio.Barrier(2), Publisher._upload
+
+    async def uploaded_together(publisher: Publisher, *more: Any) -> None:
+        await both.wait()
+        await upload(publisher, *more)
+
+    monkeypatch.setattr(Publisher, "_upload", uploaded_together)
     other = tmp_path / "other.onnx"
     other.write_bytes(mlp_bytes(2, (16, 8)))
 
