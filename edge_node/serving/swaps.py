@@ -94,6 +94,8 @@ class Swaps:
         self._retiring: set[asyncio.Task[None]] = set()
         self._waking: dict[Served, asyncio.Task[None]] = {}
         self._next_look = 0.0
+        # Whether all that it found was served once: until then no request is disturbed by a load.
+        self._begun = False
 
     @property
     def settled(self) -> bool:
@@ -117,6 +119,7 @@ class Swaps:
     def tend(self) -> None:
         """Starts a take-over for every seat that is not what it should be."""
         self._let_go()
+        self._begun = self._begun or self.settled
         for name, target in (self._board.models if self._board else {}).items():
             failure = self._failures.get(name)
             due = failure is None or failure.retry_at <= time.monotonic()
@@ -294,7 +297,7 @@ class Swaps:
         if target.path is None:
             raise PhaseFailed("load", "the board names no file")
         golden = self._directory / target.golden_path if target.golden_path else None
-        quiet = slot.usual is not None
+        quiet = self._begun and slot.usual is not None
         return await self._preparing.prepare(target.wanted, self._directory / target.path, golden, quiet, ms)
 
     def _asked_most(self, slot: ModelSlot, target: BoardModel) -> list[Ask]:

@@ -474,6 +474,7 @@ def test_each_release_is_held_to_its_own_signature(tmp_path: Path) -> None:
             "outputs": (Tensor(name="scores", datatype="FP32", shape=(-1, 2)),),
         }
         node.release(other, version="v2", percent=50, **shapes)
+        answered: set[tuple[str, int]] = set()
         async with node.serving() as http:
             for long, short in ((row(n), row(n)[:4]) for n in range(16)):
                 for features, takes in ((long, "v1"), (short, "v2")):
@@ -488,8 +489,10 @@ def test_each_release_is_held_to_its_own_signature(tmp_path: Path) -> None:
                         assert first.status_code == again.status_code, "the choice is sticky, a refusal too"
                         if first.status_code == 200:
                             assert first.headers["mlcdn-model"].split(";")[1] == takes
+                            answered.add((path, len(features)))
                         else:
                             assert first.status_code == 400 and "error" in first.json()
+            assert len(answered) == 6, "the candidate's clients are a cohort too"
             # By name everybody reaches the one that reads it.
             cohorts = [f"u{n}" for n in range(20)]
             split = Split("digits", node.sequence, 50)
@@ -497,6 +500,48 @@ def test_each_release_is_held_to_its_own_signature(tmp_path: Path) -> None:
                 features = row(1)[:4] if split.takes(named_cohort(cohort)) else row(1)
                 answer = await http.post("/predict", json={"features": features}, headers={"mlcdn-cohort": cohort})
                 assert answer.status_code == 200
+
+    run(scenario())
+
+
+def test_a_row_is_read_as_the_release_that_answers_it_names_its_input(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        node = Node(tmp_path)
+        node.release(V1)
+        node.release(models.identity_bytes(shape=("n", 32)), version="v2", percent=50)
+        async with node.serving() as http:
+            seen = set()
+            for n in range(16):
+                for path, features in (("/predict", row(n)), ("/batch_predict", [row(n), row(n + 50)])):
+                    answer = await http.post(path, json={"features": features})
+                    assert answer.status_code == 200, answer.text
+                    said = answer.json()
+                    if said["version"] == "v2":
+                        assert (said["prediction"] if path == "/predict" else said["predictions"]) == features
+                    seen.add((path, said["version"]))
+            assert len(seen) == 4
+
+    run(scenario())
+
+
+def test_a_candidate_waits_for_what_it_takes_its_share_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a restart: the stable release is the slower one to load."""
+    original = OnnxModel.load
+
+    def load(path: Path, digest: str, *rest: Any) -> OnnxModel:
+        if digest == digest_of(V1):
+            time.sleep(0.3)
+        return original(path, digest, *rest)
+
+    monkeypatch.setattr(OnnxModel, "load", load)
+
+    async def scenario() -> None:
+        node = Node(tmp_path)
+        node.release(V1)
+        node.release(V2, version="v2", percent=5)
+        async with node.serving():
+            assert versions_of(node.worker.slots.get("digits")) == ("v1", "v2"), "ready is with both"
+            assert [e.channel for e in node.said(ModelSwapped)] == ["stable", "candidate"]
 
     run(scenario())
 
@@ -514,7 +559,8 @@ def test_a_candidate_that_hangs_holds_up_no_request_of_the_stable_release(
     async def scenario() -> None:
         node = Node(tmp_path)
         node.release(V1)
-        node.release(V2, version="v2", percent=50, limits=Limits(deadline_ms=300))
+        # One by one, so that they take every thread.
+        node.release(V2, version="v2", percent=50, limits=Limits(deadline_ms=300), batchable=False)
         async with node.serving() as http:
             monkeypatch.setattr(OnnxModel, "run", run_slowly)
             node.worker.slots.get("digits").candidate.cost.in_loop = False  # type: ignore[union-attr]
@@ -562,6 +608,18 @@ def test_a_candidate_knows_the_answers_that_are_asked_most(tmp_path: Path, runs:
             assert [(a["tier"], a["version"]) for a in answers] == [("memory", "v2")] * 3 and not runs.count
             for n, answer in zip(range(10, 13), answers, strict=True):
                 assert np.allclose(answer["prediction"], truth(V2, [row(n)])[0], rtol=1e-4)
+            # A candidate that was taken back has not taken along what the next one should know.
+            for _ in range(2):
+                for n in range(10, 13):
+                    await http.post("/predict", json={"features": row(n)})
+            for data in (V3, V4):
+                node.release(data, version=digest_of(data)[:4], percent=100)
+                await until(lambda: slot.candidate is not None)
+                runs.reset()
+                answers = [(await http.post("/predict", json={"features": row(n)})).json() for n in range(10, 13)]
+                assert [(a["tier"], a["digest"]) for a in answers] == [("memory", digest_of(data))] * 3
+                node.retire("digits@candidate")
+                await until(lambda: slot.candidate is None)
 
     run(scenario())
 
