@@ -189,8 +189,14 @@ def test_a_form_that_is_none_gets_a_clear_no(origin: Origin, parts: Any, said: s
     assert answer.status_code in (400, 422) and said in answer.json()["error"], answer.text
 
 
+PART = b'--b\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n'
+WHOLE = PART % (b"file", mlp_bytes(1))
+
+
 @pytest.mark.parametrize(
-    "body", [b"", b"--b", b"--b\r\n", b"garbage", b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\nabc']
+    "body",
+    [b"", b"--b", b"--b\r\n", b"garbage", WHOLE[:500], WHOLE, WHOLE + b"--b\r\n", WHOLE + PART % (b"golden", b"abc")],
+    ids=range(8),
 )
 def test_a_form_that_is_cut_off_releases_nothing(origin: Origin, body: bytes) -> None:
     for kind in ("multipart/form-data; boundary=b", "multipart/form-data"):
