@@ -74,9 +74,6 @@ class Decisions:
     def get(self, model: str, sequence: int) -> Decision | None:
         return self._of_model.get(model, {}).get(sequence)
 
-    def all(self) -> list[Decision]:
-        return [decision for _, of in sorted(self._of_model.items()) for _, decision in sorted(of.items())]
-
     def take(self, record: Record, step: Step[Releases]) -> None:
         event = step.envelope.event if step.envelope is not None else None
         if step.envelope is None or not isinstance(event, ModelReleased | ModelRolledBack | ModelRetired):

@@ -1,8 +1,8 @@
 """Who had last said what by a moment: the fold of ``mlcdn.fleet`` for a reader who asks once, at the end.
 
 Nearly every record is a beat that the same worker's next beat makes moot, and to decode one takes ten times as long as to
-see whose it is. So a beat is decoded when it is the first of its worker or of an incarnation, when its number does not rise,
-when its node leaves, and when it is the last; any other is known by its first five fields.
+see whose it is. So a beat is decoded when it is the first of its worker or of an incarnation, when its number does not
+rise, and when it is the last; any other is known by its first five fields.
 
 Laws: what comes out is what `streams.folds.fleet` comes to, without rhythms and reports, of any log; a beat that turns
 out unreadable means that one taken on trust was wrong, so the log is read again and every beat decoded; workers and swaps are
@@ -201,7 +201,6 @@ def _take(state: FleetAt, envelope: Envelope, record: Record) -> None:
         case NodeLeft():
             for (node, worker), heard in state.workers.items():
                 if node == event.node and event.worker in (AGENT, worker):
-                    heard._decoded()
                     heard.left = True
         case ModelSwapped():
             swap = Swap(event=event, id=envelope.id, received_ms=record.timestamp_ms)
