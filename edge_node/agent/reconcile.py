@@ -5,7 +5,8 @@ Laws:
   one fetch, a redelivery none, and a crash between any two steps is repaired by the next plan.
 - A seat (a model's stable one, or its candidate's) takes one step at a time: Fetch → Trial → Activate. The old release
   stays until the last of them; but a candidate that is none any more leaves at once, or, when it has become the stable
-  release, in the very plan that seats it there: no request goes back to what it had left.
+  release, in the very plan that seats it there: no request goes back to what it had left. Where it is all that answers,
+  as a first release in waves is, it stays until its successor has a seat.
 - Only the log takes a model away. One that it does not know (the topic was made again) serves on.
 - Files are removed for two reasons, the budget and a disk that has no room for what is wanted; what is served, wanted, or
   what a rollback would go back to, is never removed.
@@ -232,12 +233,13 @@ def _leaves(name: str, model: BoardModel, actual: Actual, desired: Desired, ahea
     if told is not None and told.wanted == model.wanted:
         return False
     stable = desired.seats.get(model.wanted.model)
+    seated = actual.models.get(model.wanted.model)
+    comes = stable is not None and isinstance(ahead.get(stable.seat), Activate | Forward)
+    if seated is None and (told is not None or stable is not None):
+        return comes
     if stable is None or stable.digest != model.wanted.digest:
         return True
-    seated = actual.models.get(stable.seat)
-    return (seated is not None and seated.wanted == stable.wanted) or isinstance(
-        ahead.get(stable.seat), Activate | Forward
-    )
+    return (seated is not None and seated.wanted == stable.wanted) or comes
 
 
 def _collectable(actual: Actual, desired: Desired) -> tuple[str, ...]:

@@ -357,3 +357,82 @@ def test_whatever_was_cut_short_the_next_plans_come_to_the_same_end(logs: list[t
     world.settle(last)
     assert {m: sat(b.wanted) for m, b in world.models.items() if m in last.seats} == last.seats
     assert not world.models.keys() & (last.known - last.seats.keys())
+
+
+def candidate(w: Wanted, percent: float = 5.0) -> Seated:
+    return Seated(wanted=w, channel=Channel.CANDIDATE, percent=percent)
+
+
+def on_seats(*seats: Seated) -> dict[str, BoardModel]:
+    return {s.seat: msgspec.structs.replace(on_board(s.wanted), channel=s.channel, percent=s.percent) for s in seats}
+
+
+def told(*seats: Seated) -> Desired:
+    return Desired(seats={s.seat: s for s in seats}, known=frozenset({"m"}))
+
+
+V3 = wanted(sequence=3, digest=3)
+
+
+@pytest.mark.parametrize(
+    ("have", "want", "verified", "steps"),
+    [
+        pytest.param([sat(V1)], [sat(V1), candidate(V2)], [V1, V2], (Activate(candidate(V2)),), id="it is seated"),
+        pytest.param(
+            [sat(V1), candidate(V2)],
+            [sat(V1), candidate(V2, 50)],
+            [V1, V2],
+            (Activate(candidate(V2, 50)),),
+            id="another share",
+        ),
+        pytest.param([sat(V1), candidate(V2)], [sat(V1)], [V1, V2], (Retire("m@candidate"),), id="it is taken back"),
+        pytest.param(
+            [sat(V1), candidate(V2)],
+            [sat(V2)],
+            [V1, V2],
+            (Retire("m@candidate"), Activate(sat(V2))),
+            id="it is the stable release",
+        ),
+        pytest.param(
+            [sat(V1), candidate(V2)], [sat(V2)], [V1], (Fetch(sat(V2)),), id="and its bytes are not known good"
+        ),
+        pytest.param(
+            [sat(V1), candidate(V2)],
+            [sat(V1), candidate(V3)],
+            [V1, V2],
+            (Retire("m@candidate"), Fetch(candidate(V3))),
+            id="another follows it",
+        ),
+        pytest.param(
+            [candidate(V1, 100)], [candidate(V2, 100)], [V1], (Fetch(candidate(V2, 100)),), id="alone, and followed"
+        ),
+        pytest.param(
+            [candidate(V1, 100)],
+            [candidate(V2, 100)],
+            [V1, V2],
+            (Activate(candidate(V2, 100)),),
+            id="alone, and its successor is ready",
+        ),
+        pytest.param(
+            [candidate(V1, 100)], [sat(V2)], [V1], (Fetch(sat(V2)),), id="alone, and a stable one is on its way"
+        ),
+        pytest.param(
+            [candidate(V1, 100)],
+            [sat(V2)],
+            [V1, V2],
+            (Retire("m@candidate"), Activate(sat(V2))),
+            id="alone, until the stable one is seated",
+        ),
+        pytest.param([candidate(V1, 100)], [], [V1], (Retire("m@candidate"),), id="alone, and taken back"),
+        pytest.param([sat(V2), candidate(V2)], [sat(V2)], [V2], (Retire("m@candidate"),), id="it is on both seats"),
+    ],
+)
+def test_a_seat_for_a_candidate(
+    have: list[Seated], want: list[Seated], verified: list[Wanted], steps: tuple[Step, ...]
+) -> None:
+    now = actual(
+        models=on_seats(*have),
+        verified=frozenset().union(*map(needs, verified)),
+        proofs=frozenset(proof_of(w, RUNTIME) for w in verified),
+    )
+    assert plan(now, told(*want)) == steps
