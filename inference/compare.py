@@ -20,7 +20,9 @@ import numpy as np
 
 from inference.datatypes import TensorSpec
 from inference.golden import Difference, compare
-from inference.packed import unpack
+from inference.oip_binary import DTYPES, checked_array
+from inference.packed import Output, unpack
+from schemas.errors import BadTensor
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -57,8 +59,28 @@ def compared(wanted: Mapping[str, Array], got: Mapping[str, Array], rtol: float,
 
 
 def packed_values(packed: bytes) -> dict[str, Array]:
-    """Outputs as caches keep them, as numbers. Raises what numpy and msgspec do for what was not packed here."""
+    """Outputs as caches keep them, as numbers. For what was packed here."""
     return {output.name: _values(output.datatype, output.array) for output in unpack(packed)}
+
+
+def checked_tensors(tensors: Sequence[Output]) -> dict[str, Array]:
+    """As arrays, whoever packed them: BadTensor unless bytes, datatype and shape fit one another."""
+    arrays = {}
+    for tensor in tensors:
+        if tensor.datatype not in DTYPES or any(d < 0 for d in tensor.shape):
+            raise BadTensor(f"tensor {tensor.name[:80]!r} is no {tensor.datatype[:16]!r} of shape {tensor.shape}")
+        arrays[tensor.name] = checked_array(tensor.name, tensor.datatype, tensor.shape, tensor.data)
+    return arrays
+
+
+def checked_values(packed: bytes) -> dict[str, Array]:
+    """As `packed_values`, of outputs that a stranger packed: BadTensor for what is none."""
+    try:
+        outputs = unpack(packed)
+    except msgspec.MsgspecError as error:
+        raise BadTensor(f"no packed outputs: {error}") from None
+    arrays = checked_tensors(outputs)
+    return {output.name: _values(output.datatype, arrays[output.name]) for output in outputs}
 
 
 def values(outputs: Mapping[str, Array], specs: Sequence[TensorSpec]) -> dict[str, Array]:

@@ -129,7 +129,7 @@ class _Server:
         with theirs:
             try:
                 process = await asyncio.create_subprocess_exec(
-                    *_COMMAND, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=_environment()
+                    *_COMMAND, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=environment()
                 )
             except OSError as error:
                 ours.close()
@@ -214,7 +214,7 @@ def run_trial(
     ours, theirs = socket.socketpair()
     with ours, theirs:
         try:
-            process = subprocess.Popen(_COMMAND, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=_environment())
+            process = subprocess.Popen(_COMMAND, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=environment())
         except OSError as error:
             raise TrialUnavailable(f"the trial server cannot be started: {error.strerror}") from error
         theirs.close()
@@ -252,13 +252,14 @@ def _request(
     return TrialRequest(number, str(path.absolute()), sha256, limits, absolute, rtol, atol)
 
 
-def _environment() -> dict[str, str]:
-    environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
+def environment() -> dict[str, str]:
+    """What a process that runs somebody's model may know of its caller's."""
+    kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
     # The server must find this package also where it is not installed, and nothing in the working directory (-P).
     package = str(Path(__file__).resolve().parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, environment.get("PYTHONPATH"))))
+    kept["PYTHONPATH"] = os.pathsep.join(filter(None, (package, kept.get("PYTHONPATH"))))
     # A library's own threads would make a fork unsafe, and a child's memory is counted by its address space, of which
     # each further malloc arena reserves 64 MiB.
     for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "MALLOC_ARENA_MAX"):
-        environment[variable] = "1"
-    return environment
+        kept[variable] = "1"
+    return kept

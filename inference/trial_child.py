@@ -48,7 +48,7 @@ def live(request: TrialRequest, model: int, golden: int | None, result: int, nul
     """Called right after fork, with the descriptors that the child is to keep."""
     try:
         _keep_only(model, golden if golden is not None else null, result, null)
-        isolated = _bind(request.limits, os.fstat(_MODEL).st_size, server)
+        isolated = bind(request.limits, os.fstat(_MODEL).st_size, server)
         report = _try(request, golden is not None)
         body = msgspec.json.encode(msgspec.structs.replace(report, network_isolated=isolated))
         if len(body) > MAX_FRAME // 2:
@@ -68,7 +68,8 @@ def _keep_only(model: int, golden: int, result: int, null: int) -> None:
     os.closerange(_FIRST_OTHER, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
-def _bind(limits: TrialLimits, model_bytes: int, server: int) -> bool:
+def bind(limits: TrialLimits, model_bytes: int, server: int) -> bool:
+    """Limits on this process, which ends with its parent, `server`; whether it has no network any more."""
     isolated = False
     if sys.platform == "linux":
         # A user namespace lets a process without privileges have an empty network; it takes them from one that has any.

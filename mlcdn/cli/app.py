@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from mlcdn.cli import audit, invalidate, keys, network, publish, release, rollout, route, status, topics
+from mlcdn.cli import audit, invalidate, keys, network, publish, release, replay, rollout, route, status, topics
 from mlcdn.local_stack.errors import StackError
 from processes.supervisor import SupervisorError
 from schemas.errors import BadInput, MlcdnError, SettingsInvalid, Unreachable
@@ -28,6 +28,7 @@ publish.register(app)
 release.register(app)
 status.register(app)
 invalidate.register(app)
+replay.register(app)
 route.register(app)
 app.add_typer(rollout.rollout, name="rollout")
 app.add_typer(rollout.gate, name="gate")
