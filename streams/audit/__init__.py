@@ -1,1 +1,1 @@
-"""Audit: what the log says happened, asked again. Reads only: no consumer group, no commit, no write."""
+"""Audit: what the log says happened, asked again. No consumer group, no commit; nothing is written but the file of an export."""

@@ -390,6 +390,7 @@ def test_an_answers_positions_lead_to_the_release_its_author_and_its_verdicts() 
     # A rollback in force: who went back, and the story of what brought the artifact.
     told_now = story(scene.log, scene.roots, f"{back.record.offset}/{later.record.offset}")
     assert [said.id for said in told_now] == [first.id, swapped.id, later.id, back.id]
+    assert "rolled back to v1" in told_now[-1].what and told_now[-1].what.endswith("by kim: no")
     assert story(scene.log, scene.roots, "3/-1", "m") and story(scene.log, scene.roots, "a" * 64)[0].id == first.id
     with pytest.raises(NotFound):
         story(scene.log, scene.roots, "-1/-1")
