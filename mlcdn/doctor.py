@@ -44,6 +44,7 @@ NEEDED = {
 ROOM_BYTES = 2 << 30
 SIGNED = [topic.name for topic in topics.TOPICS.values() if topic.signed]
 GRANT = "mlcdn keys new checkpoints --kinds LogCheckpoint, and its file as signing_key of the streams process"
+READ = "mlcdn audit verify, and docs/audit.md for what it says"
 KEPT = ("cleanup.policy", "retention.ms", "retention.bytes")
 
 
@@ -121,7 +122,11 @@ def _network(directory: Path) -> Iterator[Finding]:
             check=part,
             ok=detail == "ok",
             detail=f"{url} {detail}",
-            mend="" if detail == "ok" else f"see {directory}/logs/{part}.log; {restart}",
+            mend=""
+            if detail == "ok"
+            else READ
+            if detail.startswith("mlcdn.")
+            else f"see {directory}/logs/{part}.log; {restart}",
         )
     yield from _topics(document["kafka"])
     try:
@@ -184,7 +189,7 @@ def checkpoints(
     last = held.get(topic)
     if said:
         return Finding(
-            check=f"{topic} checkpoints", ok=False, detail=f"{'; '.join(said)}; {who}", mend="mlcdn audit verify; docs/audit.md"
+            check=f"{topic} checkpoints", ok=False, detail=f"{'; '.join(said)}; {who}", mend=READ
         )  # fmt: skip
     if last is None:
         return Finding(

@@ -94,7 +94,9 @@ def list_(json: Json = False, directory: Dir = DEFAULT_DIR) -> None:
 
 @app.command()
 def revoke(
-    key: Annotated[str, typer.Argument(help="Key id or label.")],
+    key: Annotated[
+        str, typer.Argument(help="Key id or label; or its private key's file, where this log never granted it.")
+    ],
     root: Annotated[Path | None, typer.Option(help="Root private key; default the local network's.")] = None,
     reason: Annotated[str, typer.Option(help="Why.")] = "",
     directory: Dir = DEFAULT_DIR,
@@ -102,12 +104,16 @@ def revoke(
     """From that position on the key signs nothing; what it signed before stays valid."""
     target = Target.at(directory)
     state, _ = fold_releases(target.reader, target.roots, At())
-    found = [g for keyid, g in state.trust.keys.items() if key in (keyid, g.label) and g.revoked_at is None]
+    found = tuple(
+        g.public_key for keyid, g in state.trust.keys.items() if key in (keyid, g.label) and g.revoked_at is None
+    )
+    if not found and Path(key).is_file():
+        found = (load_private(Path(key)).public_key().public_bytes_raw(),)
     if not found:
         raise NotFound(f"no key in force has the id or label {key!r}")
     event = TrustChanged(
         grants=(),
-        revoked=tuple(g.public_key for g in found),
+        revoked=found,
         author=target.settings.author,
         reason=reason,
     )

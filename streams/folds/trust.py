@@ -118,7 +118,9 @@ def changed(trust: Trust, event: TrustChanged, position: int, cause: str) -> Tru
             granted_at=position,
         )
     for public_key in event.revoked:
-        known = keys.get(signing.key_id(public_key))
-        if known is not None and known.revoked_at is None:
-            keys[signing.key_id(public_key)] = msgspec.structs.replace(known, revoked_at=position)
+        keyid = signing.key_id(public_key)
+        # One that this log never granted signed in another: what a node remembers of that ends with it (checkpoints.py).
+        known = keys.get(keyid) or KeyGrant(public_key=public_key, label="", models=(), kinds=(), granted_at=position)
+        if known.revoked_at is None:
+            keys[keyid] = msgspec.structs.replace(known, revoked_at=position)
     return Trust(roots=trust.roots, keys=keys, taken=(*trust.taken, cause))

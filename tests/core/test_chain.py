@@ -272,6 +272,23 @@ def test_what_held_in_an_earlier_life_must_hold_again() -> None:
     assert grown.last == remembered
 
 
+def test_a_root_may_revoke_a_key_that_only_another_log_knew() -> None:
+    """The topic was made again and grants new keys; what a node remembers was signed by an old one."""
+    scene, other = Scene(), Scene()
+    scene.purge(3)
+    scene.checkpoint()
+    remembered = scene.watch().last
+    revoked = TrustChanged(grants=(), revoked=(scene.public(scene.key),), author="root")
+    record = other.say(revoked, other.root)
+    assert other.state_before(record).trust.keys.get(signing.key_id(scene.public(scene.key))) is None
+    watch = other.watch(watch=ChainWatch(TOPIC, remembered))
+    assert not watch.another
+    assert watch.alarms(other.now_ms, at_end=True) == {}
+    other.purge()
+    state = other.state_before(other.checkpoint())
+    assert state.trust.keys[signing.key_id(scene.public(scene.key))].revoked_at == record.offset
+
+
 def test_no_checkpoint_counts_over_a_log_that_is_disputed() -> None:
     scene = Scene()
     scene.purge(3)
