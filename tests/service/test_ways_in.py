@@ -272,7 +272,7 @@ def test_what_mlflow_does_not_have_is_named(desk: Desk, tracking: Tracking, tmp_
     (tmp_path / "none" / "model.onnx").write_bytes(mlp_bytes(1))
     no_model = tracking.log(tmp_path / "none")
     (tmp_path / "garbage").mkdir()
-    (tmp_path / "garbage" / "MLmodel").write_text("!!python/object/apply:os.system ['true']")
+    (tmp_path / "garbage" / "MLmodel").write_text("!!python/object/apply:os.mkdir ['executed']")
     garbage = tracking.log(tmp_path / "garbage")
     for uri, code, said in (
         ("models:/trees@best", 1, "models:/trees@best has no ONNX flavor, only python_function, sklearn"),
@@ -289,6 +289,7 @@ def test_what_mlflow_does_not_have_is_named(desk: Desk, tracking: Tracking, tmp_
         (f"runs:/{secret}/model", 2, "file name '../../../../../../../../etc/passwd'"),
     ):
         assert said in desk("publish", "not-in-mlflow", uri, expect=code), uri
+    assert not Path("executed").exists(), "what a registry says was run"
     good = tracking.log(logged(tmp_path / "good", mlp_bytes(1)))
     assert opened(f"runs:/{good}/model")[1] == good
 
