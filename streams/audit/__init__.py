@@ -1,1 +1,1 @@
-"""Audit: what the log says happened, asked again. No consumer group, no commit; nothing is written but the file of an export."""
+"""Audit: what the log says happened, asked again. No consumer group, no commit; only an export writes, to its file."""
