@@ -94,6 +94,12 @@ class LimitedModel:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._end()
 
+    @property
+    def pid(self) -> int:
+        """The child's."""
+        assert self._process is not None
+        return self._process.pid
+
     def ask(self, inputs: Sequence[Output], outputs: Sequence[str]) -> bytes | Refused:
         """The packed outputs of those names, as a stranger sent them."""
         body = _encode(Question(list(inputs), list(outputs)))
