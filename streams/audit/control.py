@@ -35,7 +35,7 @@ class At:
         try:
             moment = datetime.fromisoformat(said)
         except ValueError:
-            raise BadInput(f"--at {said!r} is neither a position nor an ISO 8601 time") from None
+            raise BadInput(f"{said!r} is neither a position nor an ISO 8601 time") from None
         moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
         return cls(timestamp_ms=int(moment.timestamp() * 1000))
 
