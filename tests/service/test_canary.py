@@ -14,12 +14,14 @@ from typing import Any
 
 import httpx
 import jsonschema
+import msgspec
 import numpy as np
 import pytest
 
 from edge_node.serving.cohorts import Split, named_cohort
 from edge_node.serving.openapi import document
 from edge_node.serving.origin_client import OriginClient
+from edge_node.serving.preparing import Preparing
 from inference.onnx_model import OnnxModel
 from schemas.events import Limits, ModelSwapped, RequestBatch, SwapFailed, Tensor
 from tests import models
@@ -135,15 +137,22 @@ def test_a_share_of_ten_thousand_keys_grows_sends_nobody_back_and_survives_a_kil
             assert {n for n, version in enumerate(first) if version == "v2"} == {n for n in taken[-1] if n < 1_000}
 
 
+class Answered(msgspec.Struct, frozen=True):
+    which: int
+    version: str
+    began: float
+    ended: float
+
+
 class Load:
     """An open loop over a small set of rows: each answer is held against the release that it says it is of."""
 
-    def __init__(self, port: int, releases: dict[str, bytes], rate: float = 250) -> None:
+    def __init__(self, port: int, releases: dict[str, bytes], rate: float = 200) -> None:
         self._port, self._pause_s = port, 1 / rate
-        self._rows = [row(n) for n in range(97)]
+        self._rows = [row(n) for n in range(61)]
         self._truth = {version: truth(data, self._rows) for version, data in releases.items()}
         self.failed: list[str] = []
-        self.seen: list[tuple[int, str]] = []
+        self.seen: list[Answered] = []
         self.until = asyncio.Event()
 
     async def run(self) -> None:
@@ -157,11 +166,18 @@ class Load:
                 due, number = due + self._pause_s, number + 1
             await asyncio.gather(*asking)
 
+    async def versions(self, most: int = 40) -> set[str]:
+        """Of the next answers to requests that begin after this."""
+        began = time.perf_counter()
+        await until(lambda: sum(a.began > began for a in self.seen[-10 * most :]) >= most, 20)
+        return {a.version for a in self.seen if a.began > began}
+
     async def _ask(self, http: httpx.AsyncClient, which: int, number: int) -> None:
         # Every other one is computed, whatever caches have.
         headers = {"cache-control": "no-store"} if number % 2 else {}
+        began = time.perf_counter()
         try:
-            answer = await http.post("/predict", json={"features": self._rows[which]}, headers=headers, timeout=10)
+            answer = await http.post("/predict", json={"features": self._rows[which]}, headers=headers, timeout=20)
         except httpx.HTTPError as error:
             self.failed.append(repr(error))
             return
@@ -172,18 +188,17 @@ class Load:
         version = said["version"]
         if not np.allclose(said["prediction"], self._truth[version][which], rtol=1e-3, atol=1e-3):
             self.failed.append(f"{version} did not answer that")
-        self.seen.append((which, version))
+        self.seen.append(Answered(which, version, began, time.perf_counter()))
 
-    def moved_back(self, order: Sequence[str]) -> list[int]:
-        """Rows that were answered by an earlier release of `order` after a later one, in the order of their answers."""
-        latest: dict[int, int] = {}
+    def moved_back(self, order: Sequence[str]) -> list[Answered]:
+        """Answers by an earlier release of `order` to a row that a later one had answered before it was asked again."""
         back = []
-        for which, version in self.seen:
-            if version in order:
-                at = order.index(version)
-                if at < latest.get(which, 0):
-                    back.append(which)
-                latest[which] = max(at, latest.get(which, 0))
+        for which in range(len(self._rows)):
+            of = [a for a in self.seen if a.which == which and a.version in order]
+            for answer in of:
+                later = [a for a in of if a.ended < answer.began]
+                if any(order.index(a.version) > order.index(answer.version) for a in later):
+                    back.append(answer)
         return back
 
 
@@ -205,45 +220,34 @@ def test_rollouts_under_load_fail_nothing_and_every_answer_is_its_releases(tmp_p
                 )
                 await comes(lambda m: m["candidate"]["state"] == "live")
 
-            def since() -> set[str]:
-                return {version for _, version in load.seen[mark:]}
-
             node.release(V2, version="v2", percent=10)
             await share_of("v2", 10)
             node.share(60)
             await share_of("v2", 60)
-            await asyncio.sleep(0.5)
+            assert await load.versions() == {"v1", "v2"}
             node.promote()
             await comes(lambda m: m["version"] == "v2" and "candidate" not in m)
-            mark = len(load.seen)
-            await asyncio.sleep(0.3)
-            assert "v2" in since() and load.moved_back(["v1", "v2"]) == []
-            # Taken back: not one more of it, once it is off its seat and what it had begun is answered.
+            assert await load.versions() == {"v2"} and load.moved_back(["v1", "v2"]) == []
+            # Taken back: not one more of it, once it is off its seat.
             node.release(V3, version="v3", percent=50)
             await share_of("v3", 50)
-            await asyncio.sleep(0.3)
+            assert await load.versions() == {"v2", "v3"}
             node.retire("digits@candidate")
             await comes(lambda m: "candidate" not in m)
-            await asyncio.sleep(0.1)
-            mark = len(load.seen)
-            await asyncio.sleep(0.3)
-            assert since() == {"v2"}
+            assert await load.versions() == {"v2"}
             # Followed by another, which comes through.
             node.release(V3, version="v3", percent=50)
             await share_of("v3", 50)
             node.release(V4, version="v4", percent=50)
             await share_of("v4", 50)
-            await asyncio.sleep(0.1)
-            mark = len(load.seen)
-            await asyncio.sleep(0.3)
-            assert since() == {"v2", "v4"}
+            assert await load.versions() == {"v2", "v4"}
             node.promote()
             await comes(lambda m: m["version"] == "v4" and "candidate" not in m)
             load.until.set()
             await loading
             assert load.failed == []
             assert load.moved_back(["v1", "v2", "v4"]) == []
-            assert len(load.seen) > 500 and {version for _, version in load.seen} == {"v1", "v2", "v3", "v4"}
+            assert {a.version for a in load.seen} == {"v1", "v2", "v3", "v4"}
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
 
@@ -296,6 +300,8 @@ def test_a_candidate_is_loaded_once_whatever_becomes_of_it(tmp_path: Path, loade
             node.release(V2, version="v2-again", percent=50)
             await until(lambda: slot.candidate is not None)
             assert len(loaded) == 3
+            resident = slot.resident(time.monotonic())
+            assert resident.current_bytes == len(V2) and not resident.candidate_bytes, "one session is counted once"
             node.retire("digits@candidate")
             await until(lambda: slot.candidate is None)
             await asyncio.sleep(0.05)
@@ -545,14 +551,25 @@ def test_a_candidate_waits_for_what_it_takes_its_share_from(tmp_path: Path, monk
         return original(path, digest, *rest)
 
     monkeypatch.setattr(OnnxModel, "load", load)
+    prepare, beside_requests = Preparing.prepare, []
+
+    async def prepared(self: Preparing, wanted: Any, path: Path, golden: Any, quiet: bool, ms: Any) -> Any:
+        beside_requests.append(quiet)
+        return await prepare(self, wanted, path, golden, quiet, ms)
+
+    monkeypatch.setattr(Preparing, "prepare", prepared)
 
     async def scenario() -> None:
         node = Node(tmp_path)
         node.release(V1)
         node.release(V2, version="v2", percent=5)
         async with node.serving():
-            assert versions_of(node.worker.slots.get("digits")) == ("v1", "v2"), "ready is with both"
+            slot = node.worker.slots.get("digits")
+            assert versions_of(slot) == ("v1", "v2"), "ready is with both"
             assert [e.channel for e in node.said(ModelSwapped)] == ["stable", "candidate"]
+            node.release(V3, version="v3", percent=5)
+            await until(lambda: versions_of(slot) == ("v1", "v3"))
+        assert beside_requests == [False, False, True], "nothing was asked before both were there"
 
     run(scenario())
 
