@@ -148,6 +148,7 @@ class Swaps:
 
     def _ended(self, name: str, _: asyncio.Task[None]) -> None:
         self._running.pop(name, None)
+        self._begun = self._begun or self.settled
 
     def _standing_of(self, name: str, seated: Seated | None) -> ServedModel:
         slot, wanted = self._slots.find(model_of(name)), seated.wanted if seated is not None else None
