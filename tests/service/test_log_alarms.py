@@ -1,13 +1,17 @@
 """A node whose log is frozen, truncated, rewritten or made again: it says so, and serves what it served.
 
-Its control path over the log in memory, its board on a real disk; what is broken is the log.
+Its control path over the log in memory, its board on a real disk; what is broken is the log. And once the whole node, as
+processes over a real log.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import msgspec
 import pytest
 from prometheus_client import REGISTRY
@@ -16,15 +20,20 @@ from edge_node.agent.control import TOPICS, Control
 from edge_node.agent.reconcile import Desired
 from edge_node.board import INCARNATION, PURGE, BoardFile, BoardModel, BoardReader, BoardWriter, position_of
 from edge_node.board.log_memory import LogMemory, LogMemoryFile
+from mlcdn.identities import ensure_identities
+from mlcdn.local_stack.running import RunningStack
+from processes.ports import free_port
 from schemas import codec, signing
 from schemas.errors import EventRefused, Refusal
 from schemas.events import CacheInvalidated, TrustChanged
 from schemas.names import Scope, ScopeKind
 from schemas.topics import INVALIDATIONS, RELEASES
 from streams.folds import trust
+from streams.folds.checkpoints import Held
 from streams.log.record import Record
 from tests.core.test_chain import Scene
 from tests.core.test_folds_control import DIGESTS, release
+from tests.service.test_agent import Node, Publisher, until
 
 LIFE_MS = 60_000
 
@@ -348,3 +357,48 @@ def test_a_memory_that_cannot_be_read_is_none(edge: Edge, checks: list[str]) -> 
     edge.boot()
     assert checks.count(RELEASES.name) == 4
     assert edge.wanted == 2
+
+
+# -- a whole node
+
+
+def test_a_node_that_doubts_reads_again_and_says_what_is_wrong(stack: RunningStack, tmp_path: Path) -> None:
+    identities = asyncio.run(ensure_identities(tmp_path / "keys", stack.addresses.kafka, lambda _: None))
+    publisher = Publisher(stack.addresses, identities, tmp_path)
+    port = free_port()
+    settings = publisher.settings(tmp_path / "n", "alarms-1") | {"MLCDN_PORT": str(port)}
+    parent = Node(settings, module="edge_node.main")
+    remembered = LogMemoryFile(tmp_path / "n")
+    parent.start()
+    try:
+        until(lambda: remembered.read().topics or None, 30)
+        parent.kill()
+        topics = remembered.read().topics
+        # What an earlier life checked is not what stands there, and a checkpoint held further on than the log goes.
+        held = Held(position=10**6, chain_sha256="0" * 64, expires_at_ms=2**52, signer="0" * 32)
+        changed = {
+            RELEASES.name: msgspec.structs.replace(topics[RELEASES.name], vouched=held),
+            INVALIDATIONS.name: msgspec.structs.replace(topics[INVALIDATIONS.name], chain_sha256="0" * 64),
+        }
+        remembered.write(LogMemory(topics=changed))
+        parent.start()
+        until(lambda: remembered.read().alarms or None, 30)
+        assert parent.log().count("not_the_log_that_was_checked") == 1
+        assert remembered.read().topics[INVALIDATIONS.name].life
+        assert remembered.read().topics[RELEASES.name].vouched == held
+
+        def says() -> dict[str, Any] | None:
+            try:
+                found: dict[str, Any] = httpx.get(f"http://127.0.0.1:{port}/health", timeout=1, trust_env=False).json()
+            except httpx.HTTPError:
+                return None
+            return found if found["dependencies"].get("log") else None
+
+        health = until(says)
+        assert health["degraded"].count("log") == 1
+        assert health["log_alarms"][RELEASES.name].keys() == {"truncated"}
+        metrics = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
+        assert f'mlcdn_log_alarm{{reason="truncated",topic="{RELEASES.name}"}} 1.0' in metrics
+    finally:
+        parent.kill()  # its children die with it
+        parent.reader.close()
