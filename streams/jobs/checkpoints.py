@@ -32,7 +32,7 @@ from schemas.events.trust import MAX_BAD_SIGNATURES
 from schemas.settings import Settings, load
 from schemas.topics import INVALIDATIONS, RELEASES
 from streams.folds import invalidations, releases
-from streams.folds.checkpoints import ChainWatch
+from streams.folds.checkpoints import Alarm, ChainWatch
 from streams.folds.invalidations import Invalidations
 from streams.folds.releases import Releases
 from streams.log.keys import load_private, load_roots
@@ -62,6 +62,8 @@ class Notary:
         self._since = -1
         self._bad: list[int] = []
         self._waits_at, self._waits_since_ms = -1, 0
+        # The alarms that stand in this process's log already.
+        self.said: frozenset[Alarm] = frozenset()
 
     def take(self, record: Record, now_ms: int) -> None:
         step = (
@@ -158,8 +160,10 @@ class CheckpointJob:
         await self._read_on(notary)
         now_ms = self._now_ms()
         if not notary.due(now_ms, self._every_ms, self._life_ms):
-            for alarm, what in notary.watch.alarms(now_ms, at_end=True).items():
-                log.error("log_alarm", topic=topic, reason=str(alarm), what=what)
+            alarms = notary.watch.alarms(now_ms, at_end=True)
+            for alarm in alarms.keys() - notary.said:
+                log.error("log_alarm", topic=topic, reason=str(alarm), what=alarms[alarm])
+            notary.said = frozenset(alarms)
             return False
         event = notary.checkpoint(now_ms, self._life_ms)
         await self._writer.append(event, topic=topic)
