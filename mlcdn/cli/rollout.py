@@ -154,7 +154,7 @@ def _evidence(evidence: Evidence) -> None:
     where = ", ".join(evidence.regions) or "all regions"
     output.say(f"{where}, {_time(evidence.since_ms)} to {_time(evidence.until_ms)}")
     output.table(
-        ("release", "digest", "requests", "failed", "p50 ms", "p99 ms"),
+        ("release", "digest", "requests", "failed", "refused", "p50 ms", "p99 ms"),
         [_side("stable", evidence.stable), _side("candidate", evidence.candidate)],
     )
     output.say(f"{evidence.disagreements} of {evidence.compared} compared answers differ")
@@ -168,7 +168,7 @@ def _evidence(evidence: Evidence) -> None:
 
 
 def _side(name: str, side: Side) -> tuple[object, ...]:
-    return (name, side.digest[:12], side.requests, side.errors, f"{side.p50_ms:.2f}", f"{side.p99_ms:.2f}")
+    return (name, side.digest[:12], side.requests, side.errors, side.refused, f"{side.p50_ms:.2f}", f"{side.p99_ms:.2f}")
 
 
 def _time(timestamp_ms: int) -> str:

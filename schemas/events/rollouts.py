@@ -68,9 +68,9 @@ class Wave(msgspec.Struct, frozen=True, kw_only=True):
 class Gates(msgspec.Struct, frozen=True, kw_only=True):
     """What a candidate may do worse than the stable release over the same time and regions.
 
-    A share of failed requests that is `max_error_rise` higher; a 99th percentile of latency `max_p99_ratio` times as
-    long, or `p99_slack_ms` longer; a share of compared answers that differ of `max_disagreement`, judged from
-    `min_compared` answers on.
+    A share of failed requests, or of refused ones, that is `max_error_rise` higher; a 99th percentile of latency
+    `max_p99_ratio` times as long, or `p99_slack_ms` longer; a share of compared answers that differ of
+    `max_disagreement`, judged from `min_compared` answers on.
     """
 
     max_error_rise: float = 0.01
@@ -123,18 +123,23 @@ class Range(msgspec.Struct, frozen=True, kw_only=True, order=True):
 
 
 class Side(msgspec.Struct, frozen=True, kw_only=True):
-    """How one release answered. Errors are answers of status 429, and of 500 and above; latencies are milliseconds, of
-    answers that were computed."""
+    """How one release answered. Errors are answers of status 429, and of 500 and above; `refused` those of another status
+    of 400 and above; latencies are milliseconds, of answers that were computed."""
 
     digest: str = ""
     requests: int = 0
     errors: int = 0
+    refused: int = 0
     p50_ms: float = 0.0
     p99_ms: float = 0.0
 
     @property
     def error_rate(self) -> float:
         return self.errors / self.requests if self.requests else 0.0
+
+    @property
+    def refused_rate(self) -> float:
+        return self.refused / self.requests if self.requests else 0.0
 
 
 class Objection(msgspec.Struct, frozen=True, kw_only=True, order=True):

@@ -4,7 +4,8 @@ Laws: a record counts once, however often it is read, and in whatever order; a r
 answered it; what was answered before the wave began, by the broker's clock, or in another region, does not count.
 
 Failed are answers of status 429, and of 500 and above: a candidate that is too slow for its queue fails its clients as
-one that breaks. Latencies are those of answers that were computed: a candidate's caches are cold, and the stable
+one that breaks. Refused are those of another status of 400 and above: what the stable release takes and a candidate does
+not is no fault of its clients. Latencies are those of answers that were computed: a candidate's caches are cold, and the stable
 release's are not. It must not know thresholds or verdicts.
 """
 
@@ -27,7 +28,7 @@ from streams.log.record import Record
 # Of one wave: 10 batches a second of 100 workers for a minute and a half; older ones are then added up.
 MAX_TALLIES: Final = 100_000
 MAX_ARCHIVE_BYTES: Final = 256 * 2**20
-_REQUESTS, _ERRORS, _COMPUTED, _LATENCY = 0, 1, 2, 3
+_REQUESTS, _ERRORS, _REFUSED, _COMPUTED, _LATENCY = 0, 1, 2, 3, 4
 _SIZE: Final = _LATENCY + latencies.BUCKETS
 _COMPUTED_TIERS: Final = tuple(TIERS.index(tier) for tier in ("model", "origin"))
 _SPARSE: Final = np.dtype([("index", "<u2"), ("count", "<u4")])
@@ -178,7 +179,14 @@ class Comparison:
 
 def _side(digest: str, counts: Counts) -> Side:
     p50, p99 = latencies.quantiles_ms(counts[_LATENCY:], (0.5, 0.99))
-    return Side(digest=digest, requests=int(counts[_REQUESTS]), errors=int(counts[_ERRORS]), p50_ms=p50, p99_ms=p99)
+    return Side(
+        digest=digest,
+        requests=int(counts[_REQUESTS]),
+        errors=int(counts[_ERRORS]),
+        refused=int(counts[_REFUSED]),
+        p50_ms=p50,
+        p99_ms=p99,
+    )
 
 
 def _counted(batch: RequestBatch, rows: npt.NDArray[np.bool_]) -> Counts:
@@ -186,7 +194,9 @@ def _counted(batch: RequestBatch, rows: npt.NDArray[np.bool_]) -> Counts:
     status = np.frombuffer(batch.status, "<u2")[rows]
     computed = np.isin(np.frombuffer(batch.tier, "u1")[rows], _COMPUTED_TIERS)
     counts[_REQUESTS] = len(status)
-    counts[_ERRORS] = np.count_nonzero((status >= 500) | (status == 429))
+    failed = (status >= 500) | (status == 429)
+    counts[_ERRORS] = np.count_nonzero(failed)
+    counts[_REFUSED] = np.count_nonzero((status >= 400) & ~failed)
     counts[_COMPUTED] = np.count_nonzero(computed)
     counts[_LATENCY:] = latencies.histogram(np.frombuffer(batch.latency_us, "<u4")[rows][computed])
     return counts

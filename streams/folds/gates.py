@@ -161,13 +161,14 @@ def _worse(rollout: Rollout, comparison: Comparison) -> list[str]:
     if stable.requests < FEWEST:
         # Where the candidate answers nearly everything: as it was when the wave before was judged.
         stable = rollout.usual
-    usual = stable.error_rate
     # What it might still have failed when its samples are complete.
     of = max(candidate.requests, wave.min_samples, FEWEST)
-    if candidate.errors > (usual + gates.max_error_rise) * of:
-        found.append(
-            f"{candidate.errors} of {candidate.requests} requests failed, and {usual:.2%} of the stable release's"
-        )
+    for count, usual, what in (
+        (candidate.errors, stable.error_rate, "failed"),
+        (candidate.refused, stable.refused_rate, "were refused"),
+    ):
+        if count > (usual + gates.max_error_rise) * of:
+            found.append(f"{count} of {candidate.requests} requests {what}, and {usual:.2%} of the stable release's")
     beside, own = comparison.computed
     if stable is rollout.usual:
         beside = stable.requests if stable.p99_ms > 0 else 0

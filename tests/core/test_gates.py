@@ -95,6 +95,10 @@ def overloaded(scene: Scene) -> None:
     scene.requests(V2, 300, failed=20, status=429)
 
 
+def choosy(scene: Scene) -> None:
+    scene.requests(V2, 300, failed=20, status=400)
+
+
 def slow(scene: Scene) -> None:
     scene.requests(V2, 300, ms=50)
 
@@ -119,6 +123,7 @@ def unloadable(scene: Scene) -> None:
     [
         (fails, "20 of 600 requests failed"),
         (overloaded, "20 of 600 requests failed"),
+        (choosy, "20 of 600 requests were refused"),
         (slow, "p99"),
         (early, "10 of 310 requests failed"),
         (rejected, "n-1 does not serve it: trial: broken"),
@@ -147,6 +152,8 @@ def test_the_stable_releases_own_failures_are_not_the_candidates() -> None:
     scene.requests(V1, 1_000, failed=100)
     scene.requests(V2, 300, failed=30)
     assert judged(scene).verdict is Verdict.PASS
+    scene.requests(V2, 100, failed=30, status=404)
+    assert judged(scene).verdict is Verdict.FAIL, "what fails there does not excuse what is refused here"
 
 
 def test_answers_out_of_caches_are_not_timed() -> None:
