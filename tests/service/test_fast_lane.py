@@ -322,6 +322,10 @@ def test_any_stream_of_bytes_is_answered_alike_however_it_is_cut(
             for n in range(10):
                 lane, plain = await both.both([*[request(infer_body([float(n)] * 32))] * 3, LAST])
                 assert lane == plain
+            asked = [request(infer_body([float(n)] * 32)) for n in range(10)]
+            for chunks in ([b"".join(asked) + LAST], [asked[0], b"".join(asked[1:]) + LAST]):
+                lane, plain = await both.both(chunks)
+                assert lane == plain and lane.count(b"200 OK") == 11
             # What took the lane.
             bound = {served.wanted.version for served in both.lane.lane._bounds}
             assert bound == {None: {"v1"}, 0: {"v1"}, 30: {"v1", "v2"}, 100: {"v1", "v2"}}[percent]
