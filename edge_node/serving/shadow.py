@@ -48,9 +48,10 @@ MAX_WAIT_S: Final = 2.0
 REPORT_S: Final = 1.0
 # Compared in one stay in the thread.
 BATCH: Final = 16
-# Of a core: above this the loop has enough to do; and if it is looked at so much later than it asked for, the machine has.
+# Of a core: above this the loop has enough to do.
 BUSY: Final = 0.7
-LATE_S: Final = 0.05
+# Between two looks, which ask for 20 ms: more than this says that the machine has enough to do.
+LATE_S: Final = 0.03
 _BUCKETS: Final = 10_000
 # As the engines' threads: one that is starved by other processes while it has the interpreter keeps the loop waiting.
 _NICENESS: Final = 10

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
-import timeit
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,20 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from edge_node.serving import shadow
 from mlcdn.cli.app import run
 from mlcdn.local_stack.running import RunningStack
-from schemas import codec
-from schemas.events import Recording, RequestRecorded, ShadowCompared, Tensor
+from schemas import codec, names
+from schemas.events import Golden, Recording, RequestRecorded, ShadowCompared, Tensor
+from schemas.events.samples import MAX_RECORDED_BYTES
+from schemas.metrics import counter
 from streams.audit.order import partitions
 from streams.log.reader import KafkaReader
 from tests import models
 from tests.open_loop import OpenLoop, percentile
 from tests.service.test_canary import Asked, wait_for
-from tests.service.test_worker import V1, infer_body, truth
+from tests.service.test_worker import V1, Node, infer_body, until
+from tests.service.test_worker import run as run_scenario
 from tests.worker_process import WorkerProcess
 
 EVERY = 20
@@ -143,45 +146,47 @@ def test_both_doors_are_shadowed_and_a_candidate_that_differs_in_five_percent_is
     assert f'mlcdn_shadow_answers_total{{model="digits",outcome="differed"}} {float(differing)}' in metrics
 
 
-def slow_bytes(layers: int) -> bytes:
-    """Signature of `V1`, and so many layers of one weight: hard work for a thread, and little memory."""
-    rng = np.random.default_rng(0)
-    weight = (rng.standard_normal((512, 512)) / 32).astype(np.float32)
-    widen, narrow = np.zeros((32, 512), np.float32), np.zeros((512, 8), np.float32)
-    nodes = [models.node("MatMul", ["features", "widen"], ["h0"])]
-    for i in range(layers):
-        nodes += [models.node("MatMul", [f"h{i}", "w"], [f"m{i}"]), models.node("Tanh", [f"m{i}"], [f"h{i + 1}"])]
-    nodes.append(models.node("MatMul", [f"h{layers}", "narrow"], ["scores"]))
+def slow_bytes() -> bytes:
+    """Signature of `V1`; a row takes 50 ms of one core, and loading next to nothing."""
+    weight = np.full((1_024, 1_024), 1e-3, np.float32)
     return models.model_bytes(
-        nodes,
+        [
+            # Not constant, or it would be worked out once, when the model is loaded.
+            models.node("ReduceMax", ["features"], ["top"], keepdims=0),
+            models.node("Add", ["w", "top"], ["moved"]),
+            models.node("MatMul", ["moved", "w"], ["worked"]),
+            models.node("ReduceMax", ["worked"], ["most"], keepdims=0),
+            models.node("MatMul", ["features", "narrow"], ["few"]),
+            models.node("Add", ["few", "most"], ["scores"]),
+        ],
         [models.value("features", models.FLOAT, ["N", 32])],
         [models.value("scores", models.FLOAT, ["N", 8])],
-        [numpy_helper.from_array(a, n) for a, n in ((weight, "w"), (widen, "widen"), (narrow, "narrow"))],
+        [numpy_helper.from_array(a, n) for a, n in ((weight, "w"), (np.ones((32, 8), np.float32), "narrow"))],
     )
 
 
 def test_a_candidate_of_50_ms_adds_nothing_to_the_answers_beside_it(tmp_path: Path, stack: RunningStack) -> None:
-    said, slow = Said(stack.addresses.kafka), slow_bytes(600)
-    took_ms = 1e3 * min(timeit.repeat(partial(truth, slow, [features(0)]), number=1, repeat=3))
+    said = Said(stack.addresses.kafka)
     with WorkerProcess(tmp_path, kafka=stack.addresses.kafka) as worker:
         without, beside = Ms(worker.port), Ms(worker.port)
         without.load()
         without.ms.clear()
         # In turn, because whatever else the machine does comes and goes.
-        for _ in range(2):
+        for _ in range(3):
             without.load()
-            worker.node.release(slow, version="v2", percent=0, shadow_percent=100)
+            worker.node.release(slow_bytes(), version="v2", percent=0, shadow_percent=100)
             wait_for(worker, lambda m: m.get("candidate", {}).get("state") == "live")
+            time.sleep(0.1)
             beside.load()
-            wait_until(lambda: sum(said.shadows()[name] for name in ASKED) >= beside.sent, said.shadows)
             worker.node.retire("digits@candidate")
             wait_for(worker, lambda m: "candidate" not in m)
+        wait_until(lambda: sum(said.shadows()[name] for name in ASKED) >= beside.sent, said.shadows)
     found = said.shadows()
-    print(f"{took_ms:.0f} ms a candidate's run, p99 {without} → {beside}, {found}")  # noqa: T201
+    print(f"p99 {without} → {beside}, {found}")  # noqa: T201
     # It ran all the time, and had no time for most.
     assert found["rows"] > 5 and found["skipped"] > 5 and found["failed"] == 0
     assert found["rows"] + found["skipped"] == beside.sent and found["disagreements"] == found["rows"]
-    assert beside.quietest < without.quietest * 1.3 + took_ms / 4
+    assert beside.quietest < without.quietest * 1.3 + 10
 
 
 ASKED = ("rows", "skipped")
@@ -293,3 +298,102 @@ def until_served(http: httpx.Client, url: str) -> None:
 
 def _prediction(body: bytes) -> Any:
     return json.loads(body)["prediction"]
+
+
+async def asked(http: httpx.AsyncClient, numbers: Sequence[int], **headers: str) -> None:
+    for number in numbers:
+        answer = await http.post("/predict", json={"features": features(number)}, headers=headers)
+        assert answer.status_code == 200
+
+
+async def seated(node: Node) -> None:
+    """The candidate, and its shadow beside it."""
+    await until(lambda: node.worker.slots.get("digits").candidate is not None)
+    await asyncio.sleep(0.05)
+
+
+def total(node: Node, field: str) -> int:
+    return sum(getattr(event, field) for event in node.said(ShadowCompared))
+
+
+def test_a_share_is_the_same_requests_everywhere_and_what_the_candidate_cannot_answer_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shadow, "LATE_S", 60.0)
+    monkeypatch.setattr(shadow, "MAX_WAITING", 1_000)
+
+    async def scenario() -> None:
+        counts = []
+        for place in ("one", "other"):
+            (tmp_path / place).mkdir()
+            node = Node(tmp_path / place)
+            node.release(V1)
+            # It takes what no client of the stable release sends.
+            node.release(models.mlp_bytes(2, (16, 8)), version="v2", percent=0, shadow_percent=30)
+            async with node.serving() as http:
+                await seated(node)
+                await asked(http, range(200))
+                await asyncio.sleep(1.2)
+            assert total(node, "rows") == total(node, "skipped") == 0
+            counts.append(total(node, "failed"))
+        assert counts[0] == counts[1] and 35 < counts[0] < 85
+
+    run_scenario(scenario())
+
+
+def test_tolerances_are_those_of_the_candidates_golden_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shadow, "LATE_S", 60.0)
+
+    async def scenario() -> None:
+        node = Node(tmp_path)
+        node.release(V1)
+        key = names.golden_object_key("digits", "0" * 64)
+        golden = Golden(object_key=key, sha256="0" * 64, rtol=0.0, atol=2_000.0)
+        node.release(differing_bytes(2), version="v2", percent=0, shadow_percent=100, golden=golden)
+        async with node.serving() as http:
+            await seated(node)
+            await asked(http, range(20))
+            await until(lambda: total(node, "rows") == 20)
+        assert total(node, "disagreements") == 0
+        assert max(e.max_difference for e in node.said(ShadowCompared)) == pytest.approx(1_000, rel=1e-3)
+
+    run_scenario(scenario())
+
+
+def test_recordings_are_bounded_and_what_is_over_a_bound_is_counted(tmp_path: Path) -> None:
+    outcomes = ("recorded", "too_large", "over_budget", "dropped")
+
+    def counted() -> dict[str, float]:
+        of = counter("mlcdn_recordings_total")
+        return {outcome: of.labels("digits", outcome)._value.get() for outcome in outcomes}
+
+    async def scenario() -> None:
+        node = Node(tmp_path, recordings_bytes_s=1, gateway_sets_tenant=True)
+        node.release(V1, record=Recording(fraction=1.0))
+        before = counted()
+        async with node.serving() as http:
+            await asyncio.sleep(0.05)
+
+            async def infer(rows: int, start: int) -> None:
+                values = [v for n in range(rows) for v in features(start + n)]
+                tensor = {"name": "features", "datatype": "FP32", "shape": [rows, 32], "data": values}
+                assert (await http.post("/v2/models/digits/infer", json={"inputs": [tensor]})).status_code == 200
+                await asyncio.sleep(0.05)
+
+            await infer(4_000, 0)
+            await infer(1_400, 0)
+            await infer(1_400, 5_000)
+            await asked(http, [1], **{"mlcdn-tenant": "acme"})
+            await asked(http, [2])
+            await asyncio.sleep(0.05)
+        recorded: list[Any] = [
+            codec.decode(r.topic, r.key, r.value, r.headers).event
+            for partition in range(6)
+            for r in node.log.read("mlcdn.recordings", partition)
+        ]
+        assert sorted(e.inputs[0].shape[0] for e in recorded) == [1, 1_400]
+        assert all(len(e.outputs) + len(e.inputs[0].data) <= MAX_RECORDED_BYTES for e in recorded)
+        now = counted()
+        assert [now[o] - before[o] for o in outcomes] == [2, 1, 1, 0]
+
+    run_scenario(scenario())
