@@ -163,3 +163,23 @@ def nan_bytes() -> bytes:
         [value("x", FLOAT, ["N", 4])],
         [value("y", FLOAT, ["N", 4])],
     )
+
+
+def moody_bytes(seed: int, rows: int = 8, columns: int = 32) -> bytes:
+    """As `mlp_bytes` takes and gives, but its run fails where a row's first feature is 8 or more: an index into eight."""
+    rng = np.random.default_rng(seed)
+    weights = rng.standard_normal((columns, rows)).astype(np.float32)
+    nodes = [
+        node("Gemm", ["features", "w"], ["plain"]),
+        node("Gather", ["features", "first"], ["column"], axis=1),
+        node("Cast", ["column"], ["index"], to=INT64),
+        node("Gather", ["zeros", "index"], ["nothing"]),
+        node("Add", ["plain", "nothing"], ["scores"]),
+    ]
+    initializers = [
+        numpy_helper.from_array(weights, "w"),
+        numpy_helper.from_array(np.array([0], np.int64), "first"),
+        numpy_helper.from_array(np.zeros(8, np.float32), "zeros"),
+    ]
+    inputs, outputs = [value("features", FLOAT, ["n", columns])], [value("scores", FLOAT, ["n", rows])]
+    return model_bytes(nodes, inputs, outputs, initializers)
