@@ -13,7 +13,6 @@ Laws:
 - No request goes back to what it had left: a candidate that has become the stable release answers its share until the
   stable seat has it, which takes its session over. One that was taken back is dropped at once, and a percentage alone
   is a number that changes.
-- A session that there is no room for is let go, and loaded again for the next request that needs it.
 
 It must not know requests, caches or where artifacts come from.
 """
@@ -31,20 +30,18 @@ import structlog
 
 from edge_node.board import BoardFile, BoardModel
 from edge_node.serving.batches import Ask
-from edge_node.serving.engine import Engine
 from edge_node.serving.model_slot import ModelSlot, Slots
 from edge_node.serving.predict import Predictor
 from edge_node.serving.preparing import PhaseFailed, Preparing
 from edge_node.serving.reporter import Identity
-from edge_node.serving.residency import to_let_go
 from edge_node.serving.served import Prepared, Served
+from edge_node.serving.sleeping import Sleeping
+from edge_node.serving.standing import standing
 from inference.onnx_model import SessionSettings
-from schemas.errors import NotReady
 from schemas.events import Event, ModelSwapped, ServedModel, SwapFailed
 from schemas.metrics import counter, gauge, histogram
-from streams.folds.wanted import Channel, Seated, Wanted, model_of, seat
+from streams.folds.wanted import Channel, Wanted, model_of, seat
 
-LOOK_AT_MEMORY_S: Final = 1.0
 ASK_ORIGIN_S: Final = 0.2
 RETRY_S: Final = (1.0, 2.0, 5.0, 15.0, 30.0)
 
@@ -85,15 +82,13 @@ class Swaps:
         memory_bytes: int,
     ) -> None:
         self._slots, self._directory, self._answers = slots, directory, answers
-        self._identity, self._say, self._memory_bytes = identity, say, memory_bytes
-        slots.wake = self.wake
+        self._identity, self._say = identity, say
         self._preparing = Preparing(session_settings)
+        self._sleeping = Sleeping(slots, directory, self._preparing, memory_bytes)
         self._board: BoardFile | None = None
         self._failures: dict[str, _Failure] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
         self._retiring: set[asyncio.Task[None]] = set()
-        self._waking: dict[Served, asyncio.Task[None]] = {}
-        self._next_look = 0.0
         # Whether all that it found was served once: until then no request is disturbed by a load.
         self._begun = False
 
@@ -118,7 +113,7 @@ class Swaps:
 
     def tend(self) -> None:
         """Starts a take-over for every seat that is not what it should be."""
-        self._let_go()
+        self._sleeping.tend()
         self._begun = self._begun or self.settled
         for name, target in (self._board.models if self._board else {}).items():
             failure = self._failures.get(name)
@@ -129,10 +124,8 @@ class Swaps:
                 task.add_done_callback(partial(self._ended, name))
 
     def standing(self) -> tuple[ServedModel, ...]:
-        """For the beat: every seat that is served or should be, a model's stable one first."""
-        desired = self._board.desired if self._board else {}
-        there = {served.seat for slot in self._slots for served in (slot.current, slot.candidate) if served is not None}
-        return tuple(self._standing_of(name, desired.get(name)) for name in sorted(there | set(desired)))
+        """For the beat."""
+        return standing(self._slots, self._board)
 
     def percent(self, model: str) -> float:
         """Of its requests, as its candidate answers them now."""
@@ -140,39 +133,16 @@ class Swaps:
         return slot.percent if slot is not None else 0.0
 
     async def close(self) -> None:
-        tasks = [*self._running.values(), *self._retiring, *self._waking.values()]
+        tasks = [*self._running.values(), *self._retiring]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._sleeping.close()
         self._preparing.close()
 
     def _ended(self, name: str, _: asyncio.Task[None]) -> None:
         self._running.pop(name, None)
         self._begun = self._begun or self.settled
-
-    def _standing_of(self, name: str, seated: Seated | None) -> ServedModel:
-        slot, wanted = self._slots.find(model_of(name)), seated.wanted if seated is not None else None
-        current = slot.on(name) if slot is not None else None
-        shown = current.wanted if current is not None else wanted
-        assert shown is not None, "a seat that neither serves nor should is not said"
-        error = (slot.errors.get(name, "") if slot else "") or (self._board.errors.get(name, "") if self._board else "")
-        behind = wanted is not None and (current is None or current.wanted.sequence != wanted.sequence)
-        if behind and error:
-            state = "failed"
-        elif behind:
-            state = "loading" if slot is not None and name in slot.loading else "pending"
-        else:
-            state = "live" if current is not None and current.model is not None else "forwarded"
-        channel = seated.channel if seated is not None else current.channel if current is not None else Channel.STABLE
-        return ServedModel(
-            name=shown.model,
-            version=shown.version,
-            digest=shown.digest if current else "",
-            sequence=shown.sequence if current else 0,
-            channel=channel,
-            state=state,
-            error=error[:500] if behind else "",
-        )
 
     # -- which seat is next
 
@@ -309,43 +279,6 @@ class Swaps:
         # The stable release goes on beside its candidate, and what is asked of it most stays known.
         asks = hottest.known(slot.name) if target.channel is Channel.CANDIDATE else hottest.take(slot.name)
         return [ask for ask in asks if ask.served.digest != target.wanted.digest]
-
-    def wake(self, served: Served) -> None:
-        """The engine has work for a session that was let go."""
-        if served not in self._waking and served.engine is not None:
-            task = asyncio.get_running_loop().create_task(self._wake(served, served.engine))
-            self._waking[served] = task
-            task.add_done_callback(lambda _: self._waking.pop(served, None))
-
-    async def _wake(self, served: Served, engine: Engine) -> None:
-        assert served.model is not None
-        path = self._directory / served.path
-        try:
-            model = await self._preparing.wake(served.wanted, path)
-        except PhaseFailed as failed:
-            log.error("session_not_loaded_again", model=served.name, cause=failed.cause)
-            engine.woken(served, NotReady(f"model {served.name} could not be loaded again"))
-            return
-        slot = self._slots.find(served.name)
-        if not served.in_flight and (slot is None or not slot.has(served.model)):
-            # It left its seat meanwhile, and so did who waited for it.
-            model.close()
-            return
-        served.model.reopen(model)
-        log.info("session_loaded_again", model=served.name, digest=served.digest[:12])
-        engine.woken(served)
-
-    def _let_go(self) -> None:
-        """What there is no room for, once a second."""
-        now = time.monotonic()
-        if not self._memory_bytes or now < self._next_look:
-            return
-        self._next_look = now + LOOK_AT_MEMORY_S
-        for name, which in to_let_go([slot.resident(now) for slot in self._slots], self._memory_bytes):
-            slot = self._slots.find(name)
-            if slot is not None:
-                log.info("session_let_go", model=name, which=which)
-                slot.let_go(which)
 
     def _failed(self, name: str, slot: ModelSlot, target: BoardModel, failed: PhaseFailed) -> None:
         before = self._failures.get(name)
