@@ -3,7 +3,7 @@ checked.
 
 Laws:
 - The file is read once. Its SHA-256, the scan and the session see the same bytes, so no swap of the file falls between
-  them.
+  them; and so for each file of weights beside it (external_data.py).
 - A session is made from bytes, with one provider, threads as told and without spinning.
 - What the model says no to is the caller's fault (BadTensor); what breaks is ours (RunFailed). Neither message has a
   path.
@@ -22,9 +22,10 @@ from typing import Any, Self
 import msgspec
 import numpy as np
 
-from inference import datatypes
+from inference import datatypes, external_data
 from inference.datatypes import FREE, TensorSpec
 from inference.deadlines import WATCHDOG, Deadline
+from inference.external_data import Beside, DataFile
 from inference.onnx_scan import DEFAULT_LIMITS, ModelSummary, ScanLimits, scan
 from inference.onnx_signature import bits, check_tensor, input_spec, output_spec, to_text
 from inference.runtime import FAILURES, LOG_FATAL, InvalidArgument, is_out_of_memory, onnxruntime, reason_of
@@ -57,8 +58,8 @@ class SessionSettings(msgspec.Struct, frozen=True):
 class OnnxModel:
     """Made by `load` or `from_bytes`. Runs may overlap: a session is safe to use from many threads."""
 
-    def __init__(self, session: Any, sha256: str, summary: ModelSummary, size_bytes: int) -> None:
-        self.sha256 = sha256
+    def __init__(self, session: Any, digests: tuple[str, ...], summary: ModelSummary, size_bytes: int) -> None:
+        self.sha256, self.digests = digests[0], digests  # the ONNX file's; all files'
         self.summary = summary
         self.size_bytes = size_bytes
         self._session: Any = session
@@ -83,7 +84,10 @@ class OnnxModel:
         self._translated = frozenset(s.name for s in self.outputs if s.labels is not None or s.datatype == "BYTES")
 
     @classmethod
-    def load(cls, path: Path, sha256: str, settings: SessionSettings | None = None) -> Self:
+    def load(
+        cls, path: Path, sha256: str, settings: SessionSettings | None = None, files: Sequence[DataFile] = ()
+    ) -> Self:
+        """The ONNX file at `path`, with the listed `files` of weights."""
         settings = settings or SessionSettings()
         try:
             with path.open("rb") as file:
@@ -91,18 +95,26 @@ class OnnxModel:
                 data = file.read(settings.scan_limits.max_file_bytes + 1)
         except OSError as error:
             raise ModelRefused(f"the file cannot be read: {error.strerror}") from error
-        return cls.from_bytes(data, sha256, settings)
+        try:
+            return cls.from_bytes(data, sha256, settings, external_data.read(files))
+        except MemoryError as error:
+            raise ModelRefused(_NO_MEMORY) from error
 
     @classmethod
-    def from_bytes(cls, data: bytes, sha256: str, settings: SessionSettings | None = None) -> Self:
+    def from_bytes(
+        cls, data: bytes, sha256: str, settings: SessionSettings | None = None, beside: Sequence[Beside] = ()
+    ) -> Self:
         settings = settings or SessionSettings()
         actual = hashlib.sha256(data).hexdigest()
         if actual != sha256.lower():
             raise ModelRefused(f"its SHA-256 is {actual}, not {sha256.lower()}")
         try:
-            summary = scan(data, settings.scan_limits)
+            summary = scan(data, settings.scan_limits, {file.name: len(file.content) for file in beside})
         except MemoryError as error:
             raise ModelRefused(_NO_MEMORY) from error
+        for file in beside:
+            if (found := hashlib.sha256(file.content).hexdigest()) != file.sha256:
+                raise ModelRefused(f"the SHA-256 of its file {file.name} is {found}, not {file.sha256}")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = settings.intra_op_threads
         options.inter_op_num_threads = settings.inter_op_threads
@@ -110,6 +122,13 @@ class OnnxModel:
         options.log_severity_level = LOG_FATAL
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        if beside:
+            # It copies what it needs while the session is made, and opens no file for a name that is not among these.
+            options.add_external_initializers_from_files_in_memory(
+                [file.name for file in beside],
+                [file.content for file in beside],
+                [len(file.content) for file in beside],
+            )
         try:
             session = onnxruntime.InferenceSession(data, options, providers=list(settings.providers))
         except (InvalidArgument, *FAILURES) as error:
@@ -117,7 +136,8 @@ class OnnxModel:
                 raise ModelRefused(_NO_MEMORY) from error
             raise ModelRefused(f"onnxruntime cannot load it: {reason_of(error)}") from error
         try:
-            return cls(session, actual, summary, len(data))
+            digests = (actual, *(file.sha256 for file in beside))
+            return cls(session, digests, summary, len(data) + sum(len(file.content) for file in beside))
         except UnicodeError as error:
             raise ModelRefused("the name of an input or output is not UTF-8") from error
 
@@ -191,7 +211,7 @@ class OnnxModel:
 
     def reopen(self, other: Self) -> None:
         """With the session of `other`, which is of the same bytes and gives it away."""
-        if other.sha256 != self.sha256:
+        if other.digests != self.digests:
             raise ValueError("another model's session")
         self._session, other._session = other._session, None
 

@@ -3,7 +3,8 @@
 Laws:
 - Nothing outside the bytes may be read because of them. onnxruntime follows a hard link to a secret, a file in the
   working directory and even a memory address (`*/_ORT_MEM_ADDR_/*`) that a tensor names as its external data: any such
-  tensor is refused, wherever it stands.
+  tensor is refused, wherever it stands; but for a weight of the main graph whose file the caller lists
+  (external_data.py).
 - The walk follows the descriptors of the schema, so a new field that can hold a tensor is walked without being named
   here; and a message with fields that this schema does not know is refused, because what was not read was not checked.
 - onnxruntime picks its other format, a flatbuffer, by four bytes; such a file would pass the walk unread and is
@@ -17,7 +18,8 @@ It must not know onnxruntime, files or releases. The digest is the caller's to c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
@@ -26,6 +28,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from google.protobuf.unknown_fields import UnknownFieldSet  # type: ignore[import-untyped]
 from onnx import TensorProto
 
+from inference.external_data import DataNotListed, check_reference, check_whole, is_external, named
 from schemas.errors import ModelRefused
 
 DEFAULT_DOMAIN: Final = "ai.onnx"
@@ -44,6 +47,15 @@ CONTROL_FLOW: Final = frozenset(
 INTERNAL_DOMAINS: Final = frozenset({"com.microsoft.nchwc", "com.ms.internal.nhwc", "org.pytorch.aten"})
 # Operators of an allowed domain that name files or code outside the model.
 NAMES_OUTSIDE: Final = frozenset({"EPContext", "PythonOp", "PythonOpGrad", "ATen", "ExternalGraph"})
+
+# Types of which several share a byte.
+_PACKED_BITS: Final = {
+    TensorProto.INT4: 4,
+    TensorProto.UINT4: 4,
+    TensorProto.FLOAT4E2M1: 4,
+    TensorProto.INT2: 2,
+    TensorProto.UINT2: 2,
+}
 
 _MAGIC: Final = (
     (0, b"PK\x03\x04", "a zip archive"),
@@ -71,13 +83,14 @@ class ScanLimits(msgspec.Struct, frozen=True):
 
 
 DEFAULT_LIMITS: Final = ScanLimits()
+NO_FILES: Final[Mapping[str, int]] = MappingProxyType({})
 
 
 class ModelSummary(msgspec.Struct, frozen=True):
     ir_version: int
     opsets: tuple[tuple[str, int], ...]
     node_count: int  # in every graph and function, however deep
-    initializer_bytes: int  # as the tensors' types and dimensions declare; attributes' tensors included
+    initializer_bytes: int  # as types and dimensions declare; attributes' tensors and external data included
     has_control_flow: bool
     producer: str
     zipmaps: tuple[tuple[str, tuple[int | str, ...]], ...]  # value name → class labels, in the order of the columns
@@ -93,6 +106,17 @@ class _Step:
         self.message = message
         self.parent = parent
 
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is an initializer of the main graph itself."""
+        graph = self.parent
+        return (
+            graph is not None
+            and isinstance(graph.message, onnx.GraphProto)
+            and graph.parent is not None
+            and isinstance(graph.parent.message, onnx.ModelProto)
+        )
+
     def place(self) -> str:
         words = []
         step: _Step | None = self
@@ -104,21 +128,29 @@ class _Step:
         return " in ".join(words)
 
 
-def scan(data: bytes, limits: ScanLimits = DEFAULT_LIMITS) -> ModelSummary:
-    """What the model says about itself; ModelRefused if it must not be loaded."""
+def scan(data: bytes, limits: ScanLimits = DEFAULT_LIMITS, files: Mapping[str, int] = NO_FILES) -> ModelSummary:
+    """What the model says about itself; ModelRefused if it must not be loaded. `files` are listed for external data: their
+    sizes by name."""
     model = _parse(data, limits)
     opsets = _check_versions(model, limits)
     domains = {domain for domain, _ in limits.max_opsets}
     functions = {(f.domain, f.name) for f in model.functions}
-    nodes = tensor_bytes = 0
+    nodes = tensor_bytes = outside_bytes = 0
+    used: set[str] = set()
     control_flow = False
     for step in _walk(model):
         message = step.message
         if len(UnknownFieldSet(message)):
             raise ModelRefused(f"damaged, or from a newer exporter: unknown fields in {step.place() or 'the model'}")
         if isinstance(message, TensorProto):
-            if message.data_location == TensorProto.EXTERNAL or message.external_data:
-                raise ModelRefused(f"external data is not allowed: {step.place()}")
+            if is_external(message):
+                if not files or not step.is_weight:
+                    reason = f"external data is not allowed: {step.place()}"
+                    raise DataNotListed(reason, named(model.graph.initializer) if step.is_weight else ())
+                size = _declared_bytes(step)
+                used.add(check_reference(message, size, files, step.place()))
+                outside_bytes += size
+                continue
             tensor_bytes += _declared_bytes(step)
             if tensor_bytes > limits.max_initializer_bytes:
                 raise ModelRefused(f"its tensors hold more than {limits.max_initializer_bytes} bytes")
@@ -128,11 +160,13 @@ def scan(data: bytes, limits: ScanLimits = DEFAULT_LIMITS) -> ModelSummary:
                 raise ModelRefused(f"it has more than {limits.max_nodes} nodes")
             control_flow = control_flow or message.op_type in CONTROL_FLOW
             _check_operator(step, domains, functions)
+    if files:
+        check_whole(outside_bytes, used, files)
     return ModelSummary(
         ir_version=model.ir_version,
         opsets=opsets,
         node_count=nodes,
-        initializer_bytes=tensor_bytes,
+        initializer_bytes=tensor_bytes + outside_bytes,
         has_control_flow=control_flow,
         producer=f"{_text(model.producer_name)} {_text(model.producer_version)}".strip()[:100],
         zipmaps=tuple(_zipmaps(model.graph)),
@@ -206,10 +240,10 @@ def _declared_bytes(step: _Step) -> int:
     if tensor.data_type == TensorProto.STRING:
         return sum(len(text) for text in tensor.string_data)
     try:
-        size = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        bits = _PACKED_BITS.get(tensor.data_type) or 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     except (KeyError, ValueError, TypeError):
         raise ModelRefused(f"element type {tensor.data_type} is unknown: {step.place()}") from None
-    return int(math.prod(tensor.dims) * size)
+    return -(-int(math.prod(tensor.dims)) * bits // 8)
 
 
 def _holders() -> frozenset[str]:

@@ -22,7 +22,10 @@ import sys
 from pathlib import Path
 from typing import Final, Self
 
+import msgspec
+
 from inference import golden
+from inference.external_data import DataFile
 from inference.trial_report import (
     FROM_SERVER,
     MAX_FRAME,
@@ -70,9 +73,10 @@ class TrialRunner:
         rtol: float = golden.RTOL,
         atol: float = golden.ATOL,
         limits: TrialLimits = _DEFAULT,
+        files: tuple[DataFile, ...] = (),
     ) -> TrialReport:
         async with self._turns:
-            request = _request(next(self._ids), path, sha256, golden_path, rtol, atol, limits)
+            request = _request(next(self._ids), path, sha256, golden_path, rtol, atol, limits, files)
             try:
                 return await (await self._live_server()).ask(request)
             except TrialUnavailable:
@@ -209,8 +213,10 @@ def run_trial(
     rtol: float = golden.RTOL,
     atol: float = golden.ATOL,
     limits: TrialLimits = _DEFAULT,
+    files: tuple[DataFile, ...] = (),
 ) -> TrialReport:
     """One trial with a server of its own, for a command that needs no more. Blocks, for 0.2 s and the trial."""
+    request = _request(1, path, sha256, golden_path, rtol, atol, limits, files)
     ours, theirs = socket.socketpair()
     with ours, theirs:
         try:
@@ -219,8 +225,8 @@ def run_trial(
             raise TrialUnavailable(f"the trial server cannot be started: {error.strerror}") from error
         theirs.close()
         try:
-            ours.settimeout(_START_S + limits.wall_s + _GRACE_S)
-            ours.sendall(frame(_request(1, path, sha256, golden_path, rtol, atol, limits)))
+            ours.settimeout(_START_S + request.limits.wall_s + _GRACE_S)
+            ours.sendall(frame(request))
             return _hear_report(ours)
         except (TimeoutError, ConnectionError) as error:
             raise TrialUnavailable("the trial server does not answer") from error
@@ -245,11 +251,19 @@ def _hear_report(server: socket.socket) -> TrialReport:
 
 
 def _request(
-    number: int, path: Path, sha256: str, golden_path: Path | None, rtol: float, atol: float, limits: TrialLimits
+    number: int,
+    path: Path,
+    sha256: str,
+    golden_path: Path | None,
+    rtol: float,
+    atol: float,
+    limits: TrialLimits,
+    files: tuple[DataFile, ...],
 ) -> TrialRequest:
     # The server sits in a folder of its own.
     absolute = str(golden_path.absolute()) if golden_path is not None else None
-    return TrialRequest(number, str(path.absolute()), sha256, limits, absolute, rtol, atol)
+    found = tuple(msgspec.structs.replace(file, path=str(Path(file.path).absolute())) for file in files)
+    return TrialRequest(number, str(path.absolute()), sha256, limits.beside(files), absolute, rtol, atol, found)
 
 
 def environment() -> dict[str, str]:

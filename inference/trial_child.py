@@ -2,7 +2,8 @@
 
 Laws:
 - Limits come first; not one byte of the artifact is read before them.
-- After binding it holds three files: the model, the golden file and the pipe for its report. Its folder is one that
+- After binding it holds the model, the golden file, the pipe for its report, and files of weights where they are listed.
+  Its folder is one that
   was removed, so no relative name leads anywhere; where the kernel allows, it has no network but an unconnected one.
 - It dies with its server, and it always ends by `os._exit`: nothing of the server's is run twice.
 - Whatever goes wrong is a reason in the report, or else in the way it died, which the server reads.
@@ -21,13 +22,14 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 import msgspec
 
 from inference.batchable import check_batchable, sample
 from inference.deadlines import Deadline
+from inference.external_data import DataNotListed, content
 from inference.golden import Golden, GoldenRefused, check_names, compare, read_golden
 from inference.onnx_model import Array, OnnxModel, RunFailed, SessionSettings
 from inference.runtime import is_out_of_memory, reason_of
@@ -36,7 +38,7 @@ from schemas.errors import BadTensor, DeadlineExceeded, MlcdnError, ModelRefused
 
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
-_MODEL, _GOLDEN, _RESULT, _FIRST_OTHER = 3, 4, 5, 6
+_MODEL, _GOLDEN, _RESULT, _WEIGHTS = 3, 4, 5, 6
 _TIMED_RUNS = 5
 _NO_MEMORY = "not enough memory to try it"
 
@@ -44,11 +46,14 @@ _NO_MEMORY = "not enough memory to try it"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def live(request: TrialRequest, model: int, golden: int | None, result: int, null: int, server: int) -> NoReturn:
+def live(
+    request: TrialRequest, model: int, golden: int | None, weights: Sequence[int], result: int, null: int, server: int
+) -> NoReturn:
     """Called right after fork, with the descriptors that the child is to keep."""
     try:
-        _keep_only(model, golden if golden is not None else null, result, null)
-        isolated = bind(request.limits, os.fstat(_MODEL).st_size, server)
+        _keep_only([null, null, null, model, golden if golden is not None else null, result, *weights])
+        size = os.fstat(_MODEL).st_size + sum(file.size_bytes for file in request.files)
+        isolated = bind(request.limits, size, server)
         report = _try(request, golden is not None)
         body = msgspec.json.encode(msgspec.structs.replace(report, network_isolated=isolated))
         if len(body) > MAX_FRAME // 2:
@@ -60,12 +65,13 @@ def live(request: TrialRequest, model: int, golden: int | None, result: int, nul
         os._exit(0 if sys.exc_info()[0] is None else 70)
 
 
-def _keep_only(model: int, golden: int, result: int, null: int) -> None:
+def _keep_only(descriptors: Sequence[int]) -> None:
+    """Under the numbers of their places."""
     # First out of the way of the numbers they are to get, then there.
-    high = [fcntl.fcntl(fd, fcntl.F_DUPFD, _FIRST_OTHER) for fd in (null, null, null, model, golden, result)]
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD, len(descriptors)) for fd in descriptors]
     for number, fd in enumerate(high):
         os.dup2(fd, number, inheritable=False)
-    os.closerange(_FIRST_OTHER, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    os.closerange(len(descriptors), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
 def bind(limits: TrialLimits, model_bytes: int, server: int) -> bool:
@@ -131,6 +137,8 @@ def _try(request: TrialRequest, has_golden: bool) -> TrialReport:
         report = msgspec.structs.replace(report, ok=True)
     except DeadlineExceeded:
         report = msgspec.structs.replace(report, reason=f"a run took longer than {request.limits.run_s:g} s")
+    except DataNotListed as error:
+        report = msgspec.structs.replace(report, reason=str(error), unlisted=error.names)
     except MlcdnError as error:
         report = msgspec.structs.replace(report, reason=str(error))
     except Exception as error:  # noqa: BLE001 - a model must not find an exception that leaves it without a verdict
@@ -138,14 +146,19 @@ def _try(request: TrialRequest, has_golden: bool) -> TrialReport:
         reason = _NO_MEMORY if is_out_of_memory(error) else f"the trial failed: {reason_of(error)}"
         report = msgspec.structs.replace(report, reason=reason)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
-    return msgspec.structs.replace(report, peak_rss_bytes=peak, model_rss_bytes=max(0, peak - before))
+    held = _statm(1) if request.files else peak
+    return msgspec.structs.replace(report, peak_rss_bytes=peak, model_rss_bytes=max(0, held - before))
 
 
 def _load(request: TrialRequest) -> OnnxModel:
     scan_limits = request.limits.scan
     with os.fdopen(_MODEL, "rb") as file:
         data = file.read(min(os.fstat(_MODEL).st_size, scan_limits.max_file_bytes) + 1)
-    return OnnxModel.from_bytes(data, request.sha256, SessionSettings(scan_limits=scan_limits))
+    beside = []
+    for number, listed in enumerate(request.files, _WEIGHTS):
+        with os.fdopen(number, "rb", buffering=0) as opened:
+            beside.append(content(listed, opened))
+    return OnnxModel.from_bytes(data, request.sha256, SessionSettings(scan_limits=scan_limits), beside)
 
 
 def _check_golden(model: OnnxModel, request: TrialRequest) -> Golden:

@@ -17,10 +17,13 @@ import msgspec
 
 from inference import golden
 from inference.datatypes import TensorSpec
+from inference.external_data import DataFile
 from inference.onnx_scan import ScanLimits
 from schemas.errors import MlcdnError
 
 MIB: Final = 2**20
+# How fast files of weights are read, hashed and loaded where little of a core is left.
+SLOWEST_BYTES_S: Final = 50 * MIB
 MAX_FRAME: Final = 4 * MIB
 _LENGTH: Final = struct.Struct(">I")
 
@@ -36,7 +39,7 @@ class TrialLimits(msgspec.Struct, frozen=True):
     """What a child may use. Its address space is what it was forked with, `memory_factor` × file, and the budget.
 
     Loading and running n bytes of dense weights was measured to take up to 4.7 n and 20 MiB: the bytes, onnxruntime's
-    parsed copy, its tensors and its packed weights.
+    parsed copy, its tensors and its packed weights. Weights in files of their own take less.
     """
 
     memory_factor: float = 5.0
@@ -49,6 +52,16 @@ class TrialLimits(msgspec.Struct, frozen=True):
     scan: ScanLimits = ScanLimits()
     golden: golden.GoldenLimits = golden.GoldenLimits()
 
+    def beside(self, files: tuple[DataFile, ...]) -> TrialLimits:
+        """With the time and the descriptors that files of weights take; their memory is counted by `memory_factor`."""
+        more_s = sum(file.size_bytes for file in files) / SLOWEST_BYTES_S
+        return msgspec.structs.replace(
+            self,
+            cpu_s=self.cpu_s + more_s,
+            wall_s=self.wall_s + 2 * more_s,
+            open_files=self.open_files + len(files),
+        )
+
 
 class TrialRequest(msgspec.Struct, frozen=True, tag="trial"):
     id: int
@@ -58,6 +71,7 @@ class TrialRequest(msgspec.Struct, frozen=True, tag="trial"):
     golden_path: str | None = None
     rtol: float = golden.RTOL
     atol: float = golden.ATOL
+    files: tuple[DataFile, ...] = ()
 
 
 class TrialCancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -67,6 +81,7 @@ class TrialCancel(msgspec.Struct, frozen=True, tag="cancel"):
 class TrialReport(msgspec.Struct, frozen=True):
     ok: bool
     reason: str = ""  # why not; one line without paths
+    unlisted: tuple[str, ...] = ()  # refused because it names these files, and they were not listed
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
     has_control_flow: bool = False
@@ -76,7 +91,9 @@ class TrialReport(msgspec.Struct, frozen=True):
     load_ms: float = 0.0
     run_ms: float | None = None  # one row; None if there were no inputs that the model accepts
     peak_rss_bytes: int = 0  # of the child
-    model_rss_bytes: int = 0  # what the child added to what it was forked with; 16 MiB for the smallest model
+    # What the child added to what it was forked with, 16 MiB for the smallest model: at its peak, or, where weights are in
+    # files of their own, at its end, when what was read of them is gone.
+    model_rss_bytes: int = 0
     golden: Literal["passed", "failed", "absent"] = "absent"
     network_isolated: bool = False  # False where the kernel does not allow it
     trial_ms: float = 0.0  # fork to end

@@ -4,7 +4,7 @@ input.
 Laws:
 - One thread, always: a fork of a process with threads may leave a lock held for ever. It checks that before it is
   ready.
-- It never reads an artifact. It opens the two files by name, forks, and waits for a report or a death.
+- It never reads an artifact. It opens its files by name, forks, and waits for a report or a death.
 - Every child ends: by itself, by its limits, by its wall-clock deadline, by a cancel, or with the server.
 - End of input is the order to stop, so the server never outlives the process that asked.
 - It sits in a folder that it removed, and so do its children.
@@ -119,6 +119,10 @@ class TrialServer:
                 if request.golden_path is not None:
                     golden = _open(request.golden_path, "the golden file")
                     files.callback(os.close, golden)
+                weights = []
+                for file in request.files:
+                    weights.append(_open(file.path, f"the file {file.name}"))
+                    files.callback(os.close, weights[-1])
             except ModelRefused as refused:
                 self._send(TrialDone(request.id, TrialReport(False, refused.reason)))
                 return
@@ -127,7 +131,7 @@ class TrialServer:
             started = time.monotonic()
             pid = os.fork()
             if pid == 0:
-                trial_child.live(request, model, golden, write, self._null, self._pid)
+                trial_child.live(request, model, golden, weights, write, self._null, self._pid)
         child = _Child(pid, read, request, started)
         self._children[request.id] = child
         self._selector.register(read, selectors.EVENT_READ, child)

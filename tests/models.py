@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from onnx import TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 FLOAT, INT64, STRING, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.STRING, TensorProto.BOOL
 
@@ -183,3 +183,17 @@ def moody_bytes(seed: int, rows: int = 8, columns: int = 32) -> bytes:
     ]
     inputs, outputs = [value("features", FLOAT, ["n", columns])], [value("scores", FLOAT, ["n", rows])]
     return model_bytes(nodes, inputs, outputs, initializers)
+
+
+def split(data: bytes, names: Sequence[str]) -> tuple[bytes, dict[str, bytes]]:
+    """The model with its weights in files of those names, in turn; as `onnx.save_model` would write them."""
+    proto = ModelProto.FromString(data)
+    files = {name: bytearray() for name in names}
+    for tensor, name in zip(proto.graph.initializer, itertools.cycle(names), strict=False):
+        said = {"location": name, "offset": str(len(files[name])), "length": str(len(tensor.raw_data))}
+        files[name] += tensor.raw_data
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, text in said.items():
+            tensor.external_data.add(key=key, value=text)
+    return proto.SerializeToString(), {name: bytes(content) for name, content in files.items()}
