@@ -19,9 +19,9 @@ def mlcdn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mlcdn]:
     network("down", "--wipe")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def nodes(mlcdn: Mlcdn) -> dict[str, str]:
-    """URL by node."""
+    """URL by node, as it is now: a network that was started anew has other addresses."""
     return {n["node"]: n["url"] for r in mlcdn.network()["regions"].values() for n in r["nodes"]}
 
 
