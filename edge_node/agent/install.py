@@ -199,7 +199,7 @@ class Installer:
                 wanted=wanted,
                 channel=seated.channel,
                 percent=seated.percent,
-                path=self._files.relative(wanted.digest, MODEL),
+                path=self._files.relative(wanted.released.artifact.sha256, MODEL),
                 golden_path=self._files.relative(golden.sha256, GOLDEN) if golden else None,
                 slot=slot,
                 ms=self._ms.get((wanted.model, wanted.digest), {}),
@@ -216,10 +216,10 @@ class Installer:
         old = before.models.get(seated.seat)
         if old is not None and seated.channel is Channel.STABLE and old.wanted.digest != wanted.digest:
             self._previous[wanted.model] = reconcile.needs(old.wanted)
-            self._files.used(old.wanted.digest)
+            self._files.used(old.wanted.released)
         self._rejections.forget(seated.seat)
         self._ms.pop((wanted.model, wanted.digest), None)
-        self._files.used(wanted.digest)
+        self._files.used(wanted.released)
         log.info("model_on_the_board", model=seated.seat, version=wanted.version, sequence=wanted.sequence)
 
     # -- tasks

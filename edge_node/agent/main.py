@@ -28,6 +28,7 @@ from edge_node.agent.model_files import ModelFiles
 from edge_node.agent.neighbours import Neighbours
 from edge_node.agent.peer_fetch import PeerFetches
 from edge_node.agent.proving import Trials
+from edge_node.agent.reconcile import needs
 from edge_node.agent.sweep import sweep
 from edge_node.board import HEARTBEAT, INCARNATION, BoardWriter
 from edge_node.board.log_memory import LogMemoryFile
@@ -177,7 +178,7 @@ class Agent:
                     log.info("purge_log_compacted")
             file = self._board.file
             if file is not None:
-                wanted = {desired.digest for desired in file.desired.values()}
+                wanted = {digest for desired in file.desired.values() for digest in needs(desired.wanted)}
                 freed = await asyncio.to_thread(sweep, self._settings.dir, file.purges, time.time(), wanted)
                 if freed:
                     log.info("swept", bytes=freed)

@@ -1,7 +1,8 @@
 """The artifact folder: verified files under the names of their digests, and the proofs of their trials.
 
-    artifacts/<sha256>.onnx   a model      artifacts/<sha256>.npz   a golden file
-    artifacts/<sha256>.tried  JSON proofs, written after a passed trial
+    artifacts/<sha256>.onnx   a model      artifacts/<sha256>.data   weights that it keeps in a file of their own
+    artifacts/<sha256>.npz    a golden file
+    artifacts/<sha256>.tried  JSON proofs of what the ONNX file is part of, written after a passed trial
 
 Laws: a file gets its name by rename once its bytes are verified and synced; a name from an earlier life is believed
 only after its bytes were hashed again; the folder is the agent's alone, workers only read. It must not know where files
@@ -21,13 +22,15 @@ from typing import Final
 import msgspec
 
 from edge_node.agent.reconcile import Proof, StoredFile
+from inference.external_data import DATA
+from schemas.events import Artifact, ModelReleased
 from streams.parts.part_file import ROOM_BYTES, part_of
 
 FOLDER: Final = "artifacts"
 MODEL: Final = "onnx"
 GOLDEN: Final = "npz"
-_NAME: Final = re.compile(rf"([0-9a-f]{{64}})\.({MODEL}|{GOLDEN})")
-_PART: Final = re.compile(rf"\.([0-9a-f]{{64}})\.{MODEL}\.part")
+_NAME: Final = re.compile(rf"([0-9a-f]{{64}})\.({MODEL}|{DATA}|{GOLDEN})")
+_PART: Final = re.compile(rf"\.([0-9a-f]{{64}})\.({MODEL}|{DATA})\.part")
 _PROOFS: Final = msgspec.json.Decoder(frozenset[Proof])
 
 
@@ -45,9 +48,9 @@ class ModelFiles:
     def path(self, digest: str, kind: str) -> Path:
         return self.folder / f"{digest}.{kind}"
 
-    def part(self, digest: str) -> Path:
-        """Where the model grows while it is fetched."""
-        return part_of(self.path(digest, MODEL))
+    def part(self, digest: str, kind: str) -> Path:
+        """Where the file grows while it is fetched."""
+        return part_of(self.path(digest, kind))
 
     def relative(self, digest: str, kind: str) -> str:
         """As the board names it."""
@@ -87,7 +90,7 @@ class ModelFiles:
         return True
 
     def read_back(self, digest: str) -> None:
-        """The model was read back from the disk whole, by whoever gave it its name."""
+        """The file was read back from the disk whole, by whoever gave it its name."""
         self._set_verified(digest, True)
 
     def write(self, digest: str, kind: str, data: bytes) -> None:
@@ -96,19 +99,21 @@ class ModelFiles:
         sync_folder(self.folder)
         self._set_verified(digest, True)
 
-    def prove(self, proof: Proof) -> None:
-        path = self.folder / f"{proof.digest}.tried"
+    def prove(self, proof: Proof, model: str) -> None:
+        """`model` is the digest of the ONNX file, with which proofs go."""
+        path = self.folder / f"{model}.tried"
         # Proofs of another runtime say nothing any more.
         proofs = {p for p in self._proofs(path) if p.runtime == proof.runtime} | {proof}
         write_durably(path, msgspec.json.encode(sorted(proofs, key=msgspec.json.encode)))
         with self._lock:
             self.proofs |= {proof}
 
-    def used(self, digest: str) -> None:
-        """Counts as used now, for whoever is removed first."""
-        path = self.path(digest, MODEL)
-        if path.exists():
-            os.utime(path)
+    def used(self, released: ModelReleased) -> None:
+        """Its files count as used now, for whoever is removed first."""
+        for artifact, kind in files_of(released):
+            path = self.path(artifact.sha256, kind)
+            if path.exists():
+                os.utime(path)
 
     def remove(self, names: tuple[str, ...]) -> int:
         """Removes files, with their proofs; returns the bytes freed."""
@@ -120,9 +125,10 @@ class ModelFiles:
                 freed += path.stat().st_size
                 path.unlink()
             if path.suffix == f".{MODEL}":
-                path.with_suffix(".tried").unlink(missing_ok=True)
+                tried = path.with_suffix(".tried")
                 with self._lock:
-                    self.proofs = frozenset(p for p in self.proofs if p.digest != path.stem)
+                    self.proofs -= self._proofs(tried)
+                tried.unlink(missing_ok=True)
         return freed
 
     def _set_verified(self, digest: str, verified: bool) -> None:
@@ -135,6 +141,11 @@ class ModelFiles:
         except (FileNotFoundError, msgspec.MsgspecError):
             # Without a proof there is one more trial, and nothing else.
             return frozenset()
+
+
+def files_of(released: ModelReleased) -> tuple[tuple[Artifact, str], ...]:
+    """What is fetched for it, and of which kind each is; but for its golden file."""
+    return tuple((a, DATA if number else MODEL) for number, a in enumerate(released.artifacts))
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -69,9 +69,11 @@ class PeerFetches:
         self._lock = threading.Lock()
         self._left: dict[str, float] = {}
 
-    def sources(self, artifact: Artifact) -> Callable[[int], Iterator[Source]]:
-        """Whom one fetch of the artifact asks, chunk by chunk."""
-        return _OneFetch(self, artifact, self._node, self._patience_s, self._neighbours).sources
+    def sources(self, artifact: Artifact, release: str = "") -> Callable[[int], Iterator[Source]]:
+        """Whom one fetch of the artifact asks, chunk by chunk. `release` is the digest that beats name it by, where it is but
+        a file of several."""
+        release = release or artifact.sha256
+        return _OneFetch(self, artifact, release, self._node, self._patience_s, self._neighbours).sources
 
     def left(self) -> frozenset[str]:
         now = time.monotonic()
@@ -101,9 +103,15 @@ class _OneFetch:
     """Its calls come from the threads of one fetch."""
 
     def __init__(
-        self, fetches: PeerFetches, artifact: Artifact, node: str, patience_s: float, neighbours: Known
+        self,
+        fetches: PeerFetches,
+        artifact: Artifact,
+        release: str,
+        node: str,
+        patience_s: float,
+        neighbours: Known,
     ) -> None:
-        self.fetches, self.artifact = fetches, artifact
+        self.fetches, self.artifact, self._release = fetches, artifact, release
         self._node, self._patience_s, self._neighbours = node, patience_s, neighbours
         self.began = time.monotonic()
         self._lock = threading.Lock()
@@ -114,7 +122,7 @@ class _OneFetch:
         self._neighbours.looked.wait(max(0.0, self.began + FIRST_LOOK_S - time.monotonic()))
         tries, pause = 0, PAUSES_S[0]
         while True:
-            asked = before(self.artifact.sha256, self._node, self._neighbours.known(), self.fetches.left())
+            asked = before(self._release, self._node, self._neighbours.known(), self.fetches.left())
             with self._lock:
                 over = self._patience.over(time.monotonic(), self._patience_s, asked.turn)
             # Once patience is over each is asked once more for each chunk, and nobody is waited for.

@@ -12,13 +12,21 @@ from typing import Protocol
 
 from edge_node.agent import reconcile
 from edge_node.agent.model_files import GOLDEN, MODEL, ModelFiles
+from inference.external_data import DataFile, stored
 from inference.trial_report import TrialReport
 from streams.folds.wanted import Wanted
 
 
 class Trials(Protocol):
     async def trial(
-        self, path: Path, sha256: str, golden_path: Path | None = None, rtol: float = ..., atol: float = ...
+        self,
+        path: Path,
+        sha256: str,
+        golden_path: Path | None = None,
+        rtol: float = ...,
+        atol: float = ...,
+        *,
+        files: tuple[DataFile, ...] = (),
     ) -> TrialReport: ...
 
 
@@ -39,17 +47,18 @@ class Proving:
     async def prove(self, wanted: Wanted) -> float:
         """Milliseconds of the trial. Raises NotProven, or MlcdnError where there was no trial."""
         golden = wanted.released.golden
-        path = self._files.path(wanted.digest, MODEL)
+        artifact, files = wanted.released.artifact, stored(wanted.released.files, self._files.folder)
+        path = self._files.path(artifact.sha256, MODEL)
         began = time.perf_counter()
         if golden is None:
-            report = await self._trials.trial(path, wanted.digest)
+            report = await self._trials.trial(path, artifact.sha256, files=files)
         else:
             golden_path = self._files.path(golden.sha256, GOLDEN)
-            report = await self._trials.trial(path, wanted.digest, golden_path, golden.rtol, golden.atol)
+            report = await self._trials.trial(path, artifact.sha256, golden_path, golden.rtol, golden.atol, files=files)
         ms = (time.perf_counter() - began) * 1e3
         if cause := report.reason if not report.ok else _unlike(wanted, report):
             raise NotProven("golden" if report.golden == "failed" else "trial", cause)
-        await asyncio.to_thread(self._files.prove, reconcile.proof_of(wanted, self._runtime))
+        await asyncio.to_thread(self._files.prove, reconcile.proof_of(wanted, self._runtime), artifact.sha256)
         return ms
 
 

@@ -50,7 +50,7 @@ class Desired(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Proof(msgspec.Struct, frozen=True, kw_only=True):
-    """That an artifact passed its trial, against these golden outputs, on this runtime."""
+    """That what a release serves passed its trial, against these golden outputs, on this runtime."""
 
     digest: str
     golden: str | None
@@ -80,8 +80,8 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Actual(msgspec.Struct, frozen=True, kw_only=True):
-    """What is. `models` and `failures` are by seat; `verified` are digests whose bytes this life has checked; `busy` are
-    digests with a step under way; `begun` is the room that parts have taken, by digest; `free_bytes` may
+    """What is. `models` and `failures` are by seat; `verified` are digests of files whose bytes this life has checked; `busy`
+    are digests of releases with a step under way; `begun` is the room that parts have taken, by file; `free_bytes` may
     be filled."""
 
     models: Mapping[str, BoardModel] = {}
@@ -99,7 +99,7 @@ class Actual(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Fetch(msgspec.Struct, frozen=True, tag=True):
-    """Have the artifact and its golden file on disk, verified."""
+    """Have its files, and its golden file, on disk, verified."""
 
     seated: Seated
 
@@ -168,7 +168,8 @@ def needs(wanted: Wanted) -> frozenset[str]:
     if wanted.released.placement is Placement.ORIGIN:
         return frozenset()
     golden = wanted.released.golden
-    return frozenset({wanted.digest, golden.sha256} if golden else {wanted.digest})
+    found = {artifact.sha256 for artifact in wanted.released.artifacts}
+    return frozenset(found | {golden.sha256} if golden else found)
 
 
 def failed(
@@ -258,9 +259,10 @@ def _missing_bytes(actual: Actual, desired: Desired) -> int:
     """What the disk has yet to take of what is wanted."""
     there = {file.digest for file in actual.stored}
     sizes = {
-        wanted.digest: max(0, wanted.released.artifact.size_bytes - actual.begun.get(wanted.digest, 0))
+        artifact.sha256: max(0, artifact.size_bytes - actual.begun.get(artifact.sha256, 0))
         for wanted in (seated.wanted for seated in desired.seats.values())
-        if wanted.digest in needs(wanted) - there
+        for artifact in wanted.released.artifacts
+        if artifact.sha256 in needs(wanted) - there
     }
     return sum(sizes.values())
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from edge_node.agent.model_files import FOLDER, MODEL
+from inference.external_data import DATA
 
 LATE_READER_S: Final = 60.0
 RESUMABLE_S: Final = 86_400.0
@@ -21,10 +22,12 @@ HALF_S: Final = 600.0
 
 
 def sweep(directory: Path, purges: str, now_s: float, wanted: Collection[str] = ()) -> int:
-    """Removes leftovers of the node's `directory`; `purges` is the purge log in use, `wanted` are the digests that may be
-    fetched. Returns the bytes freed."""
+    """Removes leftovers of the node's `directory`; `purges` is the purge log in use, `wanted` are the digests of files that may
+    be fetched. Returns the bytes freed."""
     freed = 0
-    for path, kept_s in _leftovers(directory, purges, {f".{digest}.{MODEL}.part" for digest in wanted}):
+    for path, kept_s in _leftovers(
+        directory, purges, {f".{digest}.{kind}.part" for digest in wanted for kind in (MODEL, DATA)}
+    ):
         try:
             found = path.stat()
             if now_s - found.st_mtime > kept_s:

@@ -28,6 +28,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from edge_node.board import BoardFile
 from edge_node.peer_proof import ARRIVED, HEADER, proves
+from inference.external_data import stored_at
 from schemas.errors import NotFound, Overloaded
 from schemas.events import Artifact
 from schemas.metrics import counter
@@ -59,15 +60,15 @@ class ChunkDoor:
         first, last = int(found[1]), int(found[2])
         if not proves(request.headers.get(HEADER, ""), self._key, self._url, digest, first, last):
             raise HTTPException(403, "the proof does not hold for these bytes of this node")
-        artifact = self._named(digest)
-        if artifact is None:
+        named = self._named(digest)
+        if named is None:
             raise NotFound("no release here names this artifact")
+        artifact, whole = named
         size = artifact.chunk_size_bytes
         if not first <= last < artifact.size_bytes or first // size != last // size:
             raise HTTPException(416, "these bytes are not within one chunk of the artifact")
         if self._giving >= AT_ONCE:
             raise Overloaded(f"{AT_ONCE} of its peers are being served")
-        whole = self._folder / f"{digest}.onnx"
         self._giving += 1
         try:
             descriptor = await asyncio.to_thread(_opened, whole, artifact, first // size)
@@ -100,15 +101,20 @@ class ChunkDoor:
             self._giving -= 1
             os.close(descriptor)
 
-    def _named(self, digest: str) -> Artifact | None:
+    def _named(self, digest: str) -> tuple[Artifact, Path] | None:
+        """What a release calls by that digest, and where it lies."""
         board = self._board()
         if board is None:
             return None
         served = (model.wanted for model in board.models.values())
         told = (seated.wanted for seated in board.desired.values())
         for wanted in (*served, *told):
-            if wanted.digest == digest:
-                return wanted.released.artifact
+            released = wanted.released
+            if released.artifact.sha256 == digest:
+                return released.artifact, self._folder / f"{digest}.onnx"
+            for file in released.files:
+                if file.artifact.sha256 == digest:
+                    return file.artifact, stored_at(digest, self._folder)
         return None
 
 

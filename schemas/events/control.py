@@ -169,6 +169,11 @@ class ModelReleased(Event, frozen=True, kw_only=True):
         return self.model
 
     @property
+    def artifacts(self) -> tuple[Artifact, ...]:
+        """What it is served from: the ONNX file, then its data."""
+        return (self.artifact, *(file.artifact for file in self.files))
+
+    @property
     def digest(self) -> str:
         """What answers: the ONNX file's SHA-256, or, where there are more files, one over the digests of all."""
         if not self.files:

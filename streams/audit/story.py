@@ -106,6 +106,8 @@ class _Picking:
         self.releases: set[tuple[str, int]] = set()
         self.brought: set[tuple[str, int]] = set()
         self.lines: dict[tuple[int, str, int, int], Line] = {}
+        # The digests of releases that a file, whose story it is, belongs to.
+        self._of_file: set[str] = set()
         self._purge_until = purge_until
         self._passed: set[str] = set()
         self._again = False
@@ -168,12 +170,15 @@ class _Picking:
             case ModelReleased():
                 if (event.model, event.sequence) in self.brought:
                     return True
-                found = self.what in (event.model, event.digest, event.artifact.sha256)
+                of_file = any(artifact.sha256 == self.what for artifact in event.artifacts)
+                found = of_file or self.what in (event.model, event.digest)
                 if found:
                     self.releases.add((event.model, event.sequence))
+                if of_file:
+                    self._of_file.add(event.digest)
                 return found
             case ModelRolledBack():
-                return self.what in (event.model, event.to_digest)
+                return self.what in (event.model, event.to_digest) or event.to_digest in self._of_file
             case ModelRetired():
                 return self.what == event.model
             case RolloutEvent():

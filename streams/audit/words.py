@@ -48,7 +48,7 @@ def _decided(event: Event) -> str | None:
             waves = f" in {len(event.plan.waves)} waves" if event.plan.waves else ""
             return (
                 f"{event.model} {event.version} released{waves} as sequence {event.sequence} by {event.author}"
-                f" ({event.digest[:12]}, {event.artifact.size_bytes} bytes): {event.reason}"
+                f" ({event.digest[:12]}, {sum(a.size_bytes for a in event.artifacts)} bytes): {event.reason}"
             )
         case ModelRolledBack():
             return (

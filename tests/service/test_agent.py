@@ -704,7 +704,7 @@ class Hand:
         self.files.verified |= {wanted.digest}
         return {"download": 1.0}
 
-    async def trial(self, path: Path, sha256: str, *_: Any) -> TrialReport:
+    async def trial(self, path: Path, sha256: str, *_: Any, **__: Any) -> TrialReport:
         from inference.datatypes import TensorSpec
 
         return TrialReport(
@@ -824,12 +824,12 @@ def test_proofs_outlive_a_process_and_go_with_their_file(tmp_path: Path) -> None
     digest = models.sha256(b"good")
     ModelFiles(tmp_path).write(digest, "onnx", b"good")
     proof = Proof(digest=digest, golden=None, rtol=0, atol=0, runtime="r")
-    ModelFiles(tmp_path).prove(proof)
+    ModelFiles(tmp_path).prove(proof, digest)
     again = ModelFiles(tmp_path)
     assert again.proofs == {proof}
     # The same bytes, released again with a golden file.
     other = Proof(digest=digest, golden=models.sha256(b"golden"), rtol=0, atol=0, runtime="r")
-    again.prove(other)
+    again.prove(other, digest)
     assert ModelFiles(tmp_path).proofs == {proof, other}
     assert again.remove((f"{digest}.onnx",)) == 4
     assert ModelFiles(tmp_path).proofs == frozenset()
