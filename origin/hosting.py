@@ -12,6 +12,7 @@ sooner or later than this process does, so what left its seat is still answered 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,11 @@ from typing import Final
 import structlog
 
 from inference.deadlines import Deadline
+from inference.external_data import DATA, stored
 from inference.onnx_model import Array, OnnxModel, SessionSettings
 from inference.trial import run_trial
 from schemas.errors import EventRefused, MlcdnError, ModelRefused, NotFound, Overloaded
-from schemas.events import Placement
+from schemas.events import Artifact, Placement
 from streams.artifacts import ArtifactStore, FetchOptions
 from streams.folds import releases
 from streams.folds.releases import Releases
@@ -33,6 +35,7 @@ from streams.log.record import Record
 log = structlog.get_logger(__name__)
 
 FETCH_S: Final = 300.0
+SLOWEST_BYTES_S: Final = 2**20
 FIRST_PAUSE_S: Final = 0.5
 LAST_PAUSE_S: Final = 30.0
 LATE_EDGES_S: Final = 30.0
@@ -153,8 +156,10 @@ class Hosting:
                     done = False
                 else:
                     self._refused[name] = want
-        there = (*self._hosted.values(), *self._left.values())
-        await asyncio.to_thread(self._sweep, {hosted.wanted.digest for hosted in there})
+        there = [hosted.wanted for hosted in (*self._hosted.values(), *self._left.values())]
+        # What is here of a release of several files, of which one has yet to come.
+        there += [seated.wanted for name, seated in wanted.items() if self._refused.get(name) != seated.wanted]
+        await asyncio.to_thread(self._sweep, {a.sha256 for want in there for a in want.released.artifacts})
         return done
 
     def _seat(self, name: str, seated: Seated, model: OnnxModel) -> None:
@@ -177,26 +182,37 @@ class Hosting:
         asyncio.get_running_loop().call_later(LATE_EDGES_S, gone)
 
     def _load(self, want: Wanted) -> OnnxModel:
-        path = self._artifacts / f"{want.digest}.onnx"
-        if path.exists():
+        artifact, files = want.released.artifact, stored(want.released.files, self._artifacts)
+        path = self._artifacts / f"{artifact.sha256}.onnx"
+        places = (path, *(Path(file.path) for file in files))
+        if all(place.exists() for place in places):
             try:
-                return OnnxModel.load(path, want.digest, self._session)
+                return OnnxModel.load(path, artifact.sha256, self._session, files)
             except ModelRefused as refused:
                 # It was tried when it was fetched: what changed since is our disk, not the release.
                 log.warning("artifact on disk is spoilt, it is fetched again", digest=want.digest, error=str(refused))
-                path.unlink()
-        self._store.fetch(want.released.artifact, path, FetchOptions(deadline_s=FETCH_S))
-        report = run_trial(path, want.digest)
+        for part, place in zip(want.released.artifacts, places, strict=True):
+            if not _holds(place, part):
+                self._store.fetch(part, place, FetchOptions(deadline_s=FETCH_S + part.size_bytes / SLOWEST_BYTES_S))
+        report = run_trial(path, artifact.sha256, files=files)
         if not report.ok:
-            path.unlink()
             raise ModelRefused(report.reason)
-        return OnnxModel.load(path, want.digest, self._session)
+        return OnnxModel.load(path, artifact.sha256, self._session, files)
 
     def _sweep(self, hosted: set[str]) -> None:
-        """Removes artifacts of no hosted model; one that comes back is fetched again."""
-        for path in self._artifacts.glob("*.onnx"):
-            if path.stem not in hosted:
-                path.unlink()
+        """Removes files that no model needs; one that comes back is fetched again."""
+        for kind in ("onnx", DATA):
+            for path in self._artifacts.glob(f"*.{kind}"):
+                if path.stem not in hosted:
+                    path.unlink()
+
+
+def _holds(path: Path, artifact: Artifact) -> bool:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == artifact.sha256
+    except FileNotFoundError:
+        return False
 
 
 async def _first(changed: asyncio.Event, stop: asyncio.Event, timeout: float | None) -> None:

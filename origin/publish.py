@@ -1,9 +1,10 @@
 """Publishing: a file becomes an artifact, an artifact becomes a signed release that the log took.
 
 A release, numbered as the code is marked:
- 1. the file is tried in a limited child, its golden test included, the event is made, and its inputs and outputs are
-    held against those served now: what cannot be released leaves nothing behind;
- 2. the artifact (and the golden file) are uploaded, read back and verified;
+ 1. the file is tried in a limited child, its golden test included, and once more with the files that it names, where
+    those are to be released; the event is made, and its inputs and outputs are held against those served now: what cannot
+    be released leaves nothing behind;
+ 2. the artifacts (and the golden file) are uploaded, read back and verified;
  3. the log is read and folded, and the next sequence chosen;
  4. the signed event is appended;
  5. the log is read back: did the fold take it? The loser of a race signs again with a higher sequence.
@@ -25,13 +26,14 @@ import msgspec
 
 from inference.trial import run_trial
 from inference.trial_report import TrialLimits, TrialReport
-from origin import signature
+from origin import data_files, signature
 from origin.release_request import GOLDEN_MAX_BYTES, Published, ReleaseEvent, ReleaseRequest, published, released
 from origin.signature import Change, SignatureChanged
 from schemas import names
 from schemas.errors import BadInput, Conflict, EventRefused, ModelRefused, NotFound, Refusal
 from schemas.events import (
     Artifact,
+    File,
     Golden,
     ModelReleased,
     ModelRetired,
@@ -84,11 +86,11 @@ class Publisher:
             describe, request.path, lambda digest: names.model_object_key(request.model, digest),
         )  # fmt: skip
         proof = await asyncio.to_thread(_read_golden, request)
-        report = await asyncio.to_thread(self._try, request, artifact)  # 1
-        template = released(request, artifact, report, None if proof is None else proof[0])
+        report, files = await asyncio.to_thread(self._try, request, artifact)  # 1
+        template = released(request, artifact, report, None if proof is None else proof[0], files)
         state, _ = await asyncio.to_thread(self._fold_on, Releases.initial(self.roots), None)
         changes = _compared(request, template, state)
-        await self._upload(request, artifact, proof, progress)  # 2
+        await self._upload(request, template, proof, progress)  # 2
 
         def event(sequence: int, state: Releases) -> ModelReleased:
             nonlocal changes
@@ -137,23 +139,40 @@ class Publisher:
         if size > (most := self._limits.scan.max_file_bytes):
             raise ModelRefused(f"the file has {size} bytes, more than the {most} allowed")
 
-    def _try(self, request: ReleaseRequest, artifact: Artifact) -> TrialReport:
-        report = run_trial(request.path, artifact.sha256, request.golden, request.rtol, request.atol, self._limits)
+    def _try(self, request: ReleaseRequest, artifact: Artifact) -> tuple[TrialReport, tuple[File, ...]]:
+        def trial(files: tuple[File, ...]) -> TrialReport:
+            beside = data_files.beside(request.path, files)
+            return run_trial(
+                request.path, artifact.sha256, request.golden, request.rtol, request.atol, self._limits, beside
+            )
+
+        # Which files it names is found out where its bytes can do no harm.
+        files: tuple[File, ...] = ()
+        report = trial(files)
+        if report.unlisted and not request.files:
+            raise ModelRefused(
+                f"{report.reason}; with --files (the setting `files`) the files beside it are released too"
+            )
+        if report.unlisted:
+            files = data_files.described(request.path, request.model, report.unlisted)
+            report = trial(files)
         if not report.ok:
             raise ModelRefused(report.reason)
-        return report
+        return report, files
 
     async def _upload(
-        self, request: ReleaseRequest, artifact: Artifact, proof: tuple[Golden, bytes] | None, progress: Progress
+        self, request: ReleaseRequest, event: ModelReleased, proof: tuple[Golden, bytes] | None, progress: Progress
     ) -> None:
-        done = 0
+        done, total = 0, sum(artifact.size_bytes for artifact in event.artifacts)
 
         def sent(count: int) -> None:
             nonlocal done
             done += count
-            progress("upload", done, artifact.size_bytes)
+            progress("upload", done, total)
 
-        await asyncio.to_thread(self._store.put, artifact, request.path, sent)
+        places = (request.path, *(request.path.parent / file.name for file in event.files))
+        for artifact, place in zip(event.artifacts, places, strict=True):
+            await asyncio.to_thread(self._store.put, artifact, place, sent)
         if proof is not None:
             golden, data = proof
             await asyncio.to_thread(self._store.put_bytes, golden.object_key, data)

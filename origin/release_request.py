@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from inference.datatypes import TensorSpec
 from inference.golden import ATOL, RTOL
 from inference.trial_report import TrialReport
@@ -19,6 +21,7 @@ from schemas.events import (
     Artifact,
     Batching,
     CachePolicy,
+    File,
     Golden,
     Limits,
     ModelReleased,
@@ -42,7 +45,8 @@ class ReleaseRequest:
 
     `path` is an ONNX file of at most 2 GiB; `golden` an ``.npz`` of arrays `input.<name>` and `output.<name>`, shaped as
     the model takes and gives them, at most 64 MiB, compared within `atol + rtol * |wanted|`. `version` defaults to the
-    first 12 characters of the digest. Times are seconds where a name ends in `_s`, milliseconds in `_ms`, microseconds
+    first 12 characters of the digest. With `files`, files of weights that the model names are released too; they lie beside
+    `path`, of any size. Times are seconds where a name ends in `_s`, milliseconds in `_ms`, microseconds
     in `_us`; `max_batch` counts rows. What breaks clients of the version served now is refused unless
     `allow_signature_change`. `BadInput` when it is made of values that no release can have.
     """
@@ -50,6 +54,7 @@ class ReleaseRequest:
     model: str
     path: Path
     version: str | None = None
+    files: bool = False
     golden: Path | None = None
     rtol: float = RTOL
     atol: float = ATOL
@@ -98,9 +103,15 @@ class Published:
     changes: tuple[Change, ...] = ()
 
 
-def released(request: ReleaseRequest, artifact: Artifact, report: TrialReport, golden: Golden | None) -> ModelReleased:
+def released(
+    request: ReleaseRequest,
+    artifact: Artifact,
+    report: TrialReport,
+    golden: Golden | None,
+    files: tuple[File, ...] = (),
+) -> ModelReleased:
     """The event but for its sequence. `BadInput` if it cannot be one."""
-    return ModelReleased(
+    event = ModelReleased(
         model=request.model,
         version=request.version or artifact.sha256[:12],
         sequence=1,
@@ -117,10 +128,12 @@ def released(request: ReleaseRequest, artifact: Artifact, report: TrialReport, g
         on_failure=request.on_failure,
         shadow_percent=request.shadow_percent,
         record=request.record,
+        files=files,
         created_at_ms=wall_clock_ms(),
         author=request.author,
         reason=request.reason,
     )
+    return event if request.version else msgspec.structs.replace(event, version=event.digest[:12])
 
 
 def published(event: ReleaseEvent, appended: Appended) -> Published:

@@ -50,6 +50,9 @@ def publish(
     settings: Annotated[
         Path | None, typer.Option(help="TOML file with any field of a release; options win over it.")
     ] = None,
+    files: Annotated[
+        bool, typer.Option("--files", help="Release the files beside it too that its external data is in.")
+    ] = False,
     golden: Annotated[Path | None, typer.Option(help=".npz of inputs and expected outputs.")] = None,
     rtol: Annotated[float | None, typer.Option(help="Relative tolerance of the golden test; default 1e-3.")] = None,
     atol: Annotated[float | None, typer.Option(help="Absolute tolerance of the golden test; default 1e-5.")] = None,
@@ -93,6 +96,7 @@ def publish(
     target = Target.at(directory)
     said: dict[str, Any] = {
         "version": version,
+        "files": files or None,
         "golden": str(golden) if golden is not None else None,
         "rtol": rtol,
         "atol": atol,
