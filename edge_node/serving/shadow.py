@@ -1,11 +1,12 @@
 """A candidate's shadow: it answers, for nobody, what the stable release has answered for clients, and is compared with it.
 
     an answer that was given → one of the share? → a short queue → [the worker has nothing else to do?]
-      → the candidate, in a thread of its own at a low priority → compare → one ShadowCompared a second at most
+      → the candidate, in a thread of its own that has the time nobody else wants → compare → one ShadowCompared a second
 
 Laws:
 - No answer waits for it, is changed by it, or is kept because of it: it begins after the answer has left, fills no cache,
-  and runs neither in the loop nor in an engine.
+  and runs neither in the loop nor in an engine. The loop only compares, one small answer a turn, since a thread that waits
+  for a core must not do so with the interpreter in its hands.
 - It gives way: nothing is begun while a model has computations waiting, or loop or machine are busy; what waited long, or
   found the queue full, is skipped and counted.
 - By a request's key, so the same one is always in the share or never, and is compared once a second at most.
@@ -22,7 +23,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -32,12 +32,13 @@ import structlog
 from edge_node.serving.batches import Ask
 from edge_node.serving.reporter import Identity
 from edge_node.serving.served import Served
-from inference.compare import compared, packed_values, values
+from inference.compare import Compared, compared, packed_values, values
 from inference.deadlines import Deadline
 from inference.golden import ATOL, RTOL
 from inference.oip_binary import raw_size
 from inference.onnx_model import OnnxModel
-from processes.priority import lower_priority
+from inference.packed import unpack
+from processes.priority import only_spare_time
 from schemas.errors import MlcdnError
 from schemas.events import Event, ShadowCompared
 from schemas.metrics import counter
@@ -53,10 +54,8 @@ BUSY: Final = 0.7
 # Between two looks, which ask for 20 ms: more than this says that the machine has enough to do.
 LATE_S: Final = 0.03
 _BUCKETS: Final = 10_000
-# As the engines' threads: one that is starved by other processes while it has the interpreter keeps the loop waiting.
-_NICENESS: Final = 10
-# Long enough for the loop to take the interpreter; a sleep of nothing would take it back before the loop is awake.
-_GIVE_WAY_S: Final = 0.0002
+# Above this a comparison is too long for the loop.
+LARGE_BYTES: Final = 16_384
 
 Array = np.ndarray[Any, np.dtype[Any]]
 log = structlog.get_logger()
@@ -80,13 +79,6 @@ class Tally(msgspec.Struct):
     failed: int = 0
     skipped: int = 0
 
-    def add(self, other: Tally) -> None:
-        for field in self.__struct_fields__:
-            if field == "max_difference":
-                self.max_difference = max(self.max_difference, other.max_difference)
-            else:
-                setattr(self, field, getattr(self, field) + getattr(other, field))
-
 
 class Shadow:
     """Of one candidate beside one stable release. One event loop owns it."""
@@ -101,12 +93,12 @@ class Shadow:
         self._tally = Tally()
         self._started_ms = time.time_ns() // 1_000_000
         self._reported = time.monotonic()
-        self._running = self._closed = False
-        self._idle = False
+        self._idle = self._closed = False
         self._looked, self._worked = time.monotonic(), time.thread_time()
-        self._thread = ThreadPoolExecutor(
-            1, thread_name_prefix=f"shadow-{candidate.name}", initializer=partial(lower_priority, _NICENESS)
-        )
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"shadow-{candidate.name}", initializer=only_spare_time)
+        self._working: asyncio.Task[None] | None = None
+        golden = candidate.wanted.released.golden
+        self._tolerances = (golden.rtol, golden.atol) if golden is not None else (RTOL, ATOL)
 
     def of(self, stable: Served | None, candidate: Served | None) -> bool:
         return self._stable is stable and self._candidate is candidate
@@ -139,33 +131,83 @@ class Shadow:
     def close(self) -> None:
         """What was compared is said; what waited is not compared any more."""
         self._closed = True
-        self._tally.skipped += len(self._waiting)
-        self._waiting.clear()
+        self._forget()
         self._report(time.monotonic())
         self._thread.shutdown(wait=False)
 
     def _begin(self) -> None:
         model, engine = self._candidate.model, self._candidate.engine
-        if not self._waiting or self._running or self._closed or not self._idle or model is None:
+        if not self._waiting or not self._may_run() or model is None or engine is None or self._candidate.asleep:
             return
-        if self._candidate.asleep or engine is None or engine.queued:
-            return
-        # A candidate that only a shadow asks for is not idle: its session stays.
-        engine.last_used = time.monotonic()
-        batch = [self._taken() for _ in range(min(BATCH, len(self._waiting)))]
-        self._running = True
-        self._candidate.enter()
-        running = asyncio.get_running_loop().run_in_executor(self._thread, self._compare, model, batch)
-        running.add_done_callback(self._ended)
+        if self._working is None or self._working.done():
+            # A candidate that only a shadow asks for is not idle: its session stays.
+            engine.last_used = time.monotonic()
+            self._working = asyncio.get_running_loop().create_task(self._work(model))
 
-    def _ended(self, done: asyncio.Future[Tally]) -> None:
-        self._running = False
-        self._candidate.leave()
-        self._tally.add(done.result())
+    async def _work(self, model: OnnxModel) -> None:
+        """Until nothing waits, or it has to give way."""
+        loop = asyncio.get_running_loop()
+        with self._candidate.held():
+            while self._waiting and self._may_run():
+                batch = [self._taken() for _ in range(min(BATCH, len(self._waiting)))]
+                answers = await loop.run_in_executor(self._thread, self._run, model, batch)
+                for given, answer in zip(batch, answers, strict=False):
+                    if given.size > LARGE_BYTES:
+                        self._count(await asyncio.to_thread(self._compared, given, answer))
+                    else:
+                        self._count(self._compared(given, answer))
+                        # One a turn of the loop: what came meanwhile is answered first.
+                        await asyncio.sleep(0)
+                for given in reversed(batch[len(answers) :]):
+                    self._bytes += given.size
+                    self._waiting.appendleft(given)
         if self._closed:
+            self._forget()
             self._report(time.monotonic())
-        else:
-            self._begin()
+
+    def _may_run(self) -> bool:
+        engine = self._candidate.engine
+        return self._idle and not self._closed and engine is not None and not engine.queued
+
+    def _run(self, model: OnnxModel, batch: Sequence[_Given]) -> list[Mapping[str, Array] | None]:
+        """In the thread: the answers, None for what the candidate refuses or breaks on, up to where it has to give way."""
+        answers: list[Mapping[str, Array] | None] = []
+        limit_s = self._candidate.wanted.released.limits.deadline_ms / 1e3
+        for given in batch:
+            if answers and not self._may_run():
+                break
+            try:
+                model.validate_inputs(given.inputs)
+                names = [output.name for output in unpack(given.body) if output.name in model.output_names]
+                answers.append(model.run(given.inputs, names, Deadline.after(limit_s)) if names else {})
+            except MlcdnError:
+                answers.append(None)
+            except Exception:
+                log.exception("shadow_broke", model=self._candidate.name)
+                answers.append(None)
+        return answers
+
+    def _compared(self, given: _Given, answer: Mapping[str, Array] | None) -> Compared | None:
+        if answer is None:
+            return None
+        return compared(packed_values(given.body), values(answer, self._candidate.outputs), *self._tolerances)
+
+    def _count(self, one: Compared | None) -> None:
+        tally = self._tally
+        if one is None:
+            tally.failed += 1
+            return
+        tally.rows += 1
+        tally.disagreements += one.difference is not None
+        tally.max_difference = max(tally.max_difference, one.max_difference)
+        tally.top1_rows += one.top1_rows
+        tally.top1_agreements += one.top1_agreements
+
+    def _forget(self) -> None:
+        """What waits is not compared any more."""
+        self._tally.skipped += len(self._waiting)
+        self._waiting.clear()
+        self._bytes = 0
 
     def _taken(self) -> _Given:
         given = self._waiting.popleft()
@@ -205,33 +247,3 @@ class Shadow:
                 skipped=tally.skipped,
             )
         )
-
-    def _compare(self, model: OnnxModel, batch: Sequence[_Given]) -> Tally:
-        """In the thread."""
-        tally, released, specs = Tally(), self._candidate.wanted.released, self._candidate.outputs
-        golden = released.golden
-        rtol, atol = (golden.rtol, golden.atol) if golden is not None else (RTOL, ATOL)
-        for given in batch:
-            if self._closed:
-                tally.skipped += 1
-                continue
-            try:
-                model.validate_inputs(given.inputs)
-                wanted = packed_values(given.body)
-                names = [name for name in wanted if name in model.output_names]
-                deadline = Deadline.after(released.limits.deadline_ms / 1e3)
-                got = model.run(given.inputs, names, deadline) if names else {}
-                one = compared(wanted, values(got, specs), rtol, atol)
-            except MlcdnError:
-                tally.failed += 1
-            except Exception:
-                log.exception("shadow_broke", model=self._candidate.name)
-                tally.failed += 1
-            else:
-                tally.rows += 1
-                tally.disagreements += one.difference is not None
-                tally.max_difference = max(tally.max_difference, one.max_difference)
-                tally.top1_rows += one.top1_rows
-                tally.top1_agreements += one.top1_agreements
-            time.sleep(_GIVE_WAY_S)
-        return tally

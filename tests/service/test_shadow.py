@@ -230,8 +230,9 @@ def test_requests_are_recorded_without_what_is_somebodys_and_a_replay_of_them_is
     tmp_path: Path, stack: RunningStack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = Said(stack.addresses.kafka)
+    # The network's own log is away: recordings go elsewhere.
     with WorkerProcess(
-        tmp_path, before=PATIENT, kafka=stack.addresses.kafka, region=REGION, default_model="digits"
+        tmp_path, before=PATIENT, recordings_kafka=stack.addresses.kafka, region=REGION, default_model="digits"
     ) as worker:
         node, url = worker.node, f"http://127.0.0.1:{worker.port}/v2/models"
         all_of_it = Recording(fraction=1.0)
@@ -247,6 +248,7 @@ def test_requests_are_recorded_without_what_is_somebodys_and_a_replay_of_them_is
             )
             wait_for(worker, lambda m: m["version"] == "recorded")
             until_served(http, f"{url}/sums/ready")
+            time.sleep(0.1)
             list(lane.heads_and_bodies(predict_bodies(range(COUNT))))
             # Neither the same again, nor what is somebody's, nor what is not to be kept.
             list(lane.heads_and_bodies(predict_bodies(range(50))))
@@ -286,6 +288,11 @@ def test_requests_are_recorded_without_what_is_somebodys_and_a_replay_of_them_is
     newest = json.loads(said_again)["regions"][0]
     assert code == 0 and newest["recorded"] == 40
     assert newest["ranges"][0]["end"] == region["ranges"][0]["end"]
+    # What it cannot answer is no agreement.
+    candidate.write_bytes(models.mlp_bytes(2, (16, 8)))
+    code, said_again = replay("--last", "10")
+    failing = json.loads(said_again)
+    assert (code, failing["rows"], failing["regions"][0]["failed"], failing["disagreement"]) == (1, 0, 10, 1.0)
     # Another model: what was redacted cannot be asked again, and nothing compared is nothing passed.
     code = run(["replay-requests", "sums", "--file", str(candidate), "--region", REGION, "--json"])
     nothing = json.loads(capsys.readouterr().out)
