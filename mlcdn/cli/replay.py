@@ -34,6 +34,10 @@ def replay_requests(
     file: Annotated[Path | None, typer.Option(help="An ONNX file to ask instead, which nobody has released.")] = None,
     region: Annotated[str | None, typer.Option(help="Only what this region recorded; default every region.")] = None,
     last: Annotated[int, typer.Option(help="So many recorded requests of each region, the newest.")] = 1_000,
+    at: Annotated[
+        str | None,
+        typer.Option(help="Only what was recorded until then: position on the releases topic, or ISO 8601 time."),
+    ] = None,
     max_disagreement: Annotated[
         float | None, typer.Option(help="Share of answers that may differ; default that of the release's plan.")
     ] = None,
@@ -54,7 +58,7 @@ def replay_requests(
         candidate = gate.released_candidate(state.models.get(model), model, version)
     reader = KafkaReader(target.settings.recordings_kafka or target.settings.kafka)
     with output.watched(reader, [RECORDINGS.name], shown=not json) as watched:
-        samples = last_recorded(watched, model, last, region)
+        samples = last_recorded(watched, model, last, region, until_ms=At.parse(at).time(target.reader))
     with tempfile.TemporaryDirectory(prefix="mlcdn-replay-") as folder:
         path = file if file is not None else gate.fetched(candidate, store_of(target), Path(folder))
         report = gate.replay(candidate, path, model, samples, last=last, max_disagreement=max_disagreement)

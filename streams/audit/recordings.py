@@ -53,13 +53,16 @@ class _Kept:
             self._bytes -= self.requests.popleft()[1]
 
 
-def last_recorded(reader: LogReader, model: str, last: int, region: str | None = None) -> list[RegionSample]:
-    """The newest `last` of each region (or of that one), regions by name; fewer where they are very large."""
+def last_recorded(
+    reader: LogReader, model: str, last: int, region: str | None = None, *, until_ms: int | None = None
+) -> list[RegionSample]:
+    """The newest `last` of each region (or of that one) up to a broker time, regions by name; fewer where they are very
+    large."""
     if not 0 < last <= MAX_LAST:
         raise BadInput(f"the last {last} requests: it is 1 to {MAX_LAST}")
     kept: dict[str, _Kept] = {}
     key = model.encode()
-    for record in merged(reader, RECORDINGS.name):
+    for record in merged(reader, RECORDINGS.name, until_ms=until_ms):
         if record.key != key or record.value is None:
             continue
         event = _event(record)

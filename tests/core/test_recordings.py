@@ -76,6 +76,8 @@ def test_the_newest_of_each_region_in_their_order_and_of_no_other_model() -> Non
     assert log.last(3) == {"london": [5, 7, 9], "tokyo": [4, 6, 8]}
     assert log.last(100, region="london") == {"london": [1, 3, 5, 7, 9]}
     assert log.last(3, region="oslo") == {}
+    # One record each millisecond of this broker's clock, every other one of another model: up to the sixth of ours.
+    assert log.last(100, until_ms=10) == {"london": [1, 3, 5], "tokyo": [0, 2, 4]}
     (tokyo,) = last_recorded(log.log, "digits", 3, "tokyo")
     (read,) = tokyo.ranges
     assert [r.offset for r in tokyo.requests] == list(range(read.start, read.end, 2)) and read.topic == RECORDINGS.name
