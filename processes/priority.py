@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from typing import Final
+
+_LOWEST: Final = 19
 
 
 def lower_priority(niceness: int) -> None:
@@ -20,4 +23,8 @@ def only_spare_time() -> None:
     Not for what holds the interpreter for long: on a machine without spare time it would hold it for longer.
     """
     if sys.platform == "linux":
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        try:
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        except OSError:
+            # A sandbox may forbid the call; the next best is allowed everywhere.
+            lower_priority(_LOWEST)
