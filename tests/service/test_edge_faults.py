@@ -216,7 +216,7 @@ def test_s3_away(scene: Scene) -> None:
     assert not load.wrong
     assert load.answered == load.sent > 50
     assert pending is not None
-    assert pending.desired[MODEL].sequence == release.sequence
+    assert pending.desired[MODEL].wanted.sequence == release.sequence
     assert pending.models[MODEL].wanted.digest == old[MODEL]
     assert took < CAUGHT_UP_S
 
