@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from pathlib import Path
 from typing import Final
 
 _LOWEST: Final = 19
+_SCHEDSTAT: Final = Path("/proc/thread-self/schedstat")
 
 
 def lower_priority(niceness: int) -> None:
@@ -28,3 +30,11 @@ def only_spare_time() -> None:
         except OSError:
             # A sandbox may forbid the call; the next best is allowed everywhere.
             lower_priority(_LOWEST)
+
+
+def waited_s() -> float:
+    """For how long the calling thread was ready to run and had no core, since it began; 0 where the system does not say."""
+    try:
+        return int(_SCHEDSTAT.read_bytes().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0

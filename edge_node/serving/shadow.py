@@ -7,8 +7,8 @@ Laws:
 - No answer waits for it, is changed by it, or is kept because of it: it begins after the answer has left, fills no cache,
   and runs neither in the loop nor in an engine. The loop only compares, one small answer a turn, since a thread that waits
   for a core must not do so with the interpreter in its hands.
-- It gives way: nothing is begun while a model has computations waiting, or loop or machine are busy; what waited long, or
-  found the queue full, is skipped and counted.
+- It gives way: nothing is begun while a model has computations waiting, or the loop or the machine are busy, nor within a
+  second of a run that had to wait for its core; what waited long, or found the queue full, is skipped and counted.
 - By a request's key, so the same one is always in the share or never, and is compared once a second at most.
 - A candidate that hangs until its deadline keeps no other model's shadow from running.
 
@@ -38,7 +38,7 @@ from inference.golden import ATOL, RTOL
 from inference.oip_binary import raw_size
 from inference.onnx_model import OnnxModel
 from inference.packed import unpack
-from processes.priority import only_spare_time
+from processes.priority import only_spare_time, waited_s
 from schemas.errors import MlcdnError
 from schemas.events import Event, ShadowCompared
 from schemas.metrics import counter
@@ -54,6 +54,11 @@ BUSY: Final = 0.7
 # Between two looks, which ask for 20 ms: more than this says that the machine has enough to do.
 LATE_S: Final = 0.03
 _BUCKETS: Final = 10_000
+# A run that waited so long for its core, or so much of its time, shows a machine without time to spare: a thread that has
+# the interpreter might wait like that. Then none is begun for a while.
+WAITED_S: Final = 0.002
+WAITED_SHARE: Final = 0.2
+PAUSE_S: Final = 1.0
 # Above this a comparison is too long for the loop.
 LARGE_BYTES: Final = 16_384
 
@@ -94,6 +99,7 @@ class Shadow:
         self._started_ms = time.time_ns() // 1_000_000
         self._reported = time.monotonic()
         self._idle = self._closed = False
+        self._paused_until = 0.0
         self._looked, self._worked = time.monotonic(), time.thread_time()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"shadow-{candidate.name}", initializer=only_spare_time)
         self._working: asyncio.Task[None] | None = None
@@ -167,7 +173,8 @@ class Shadow:
 
     def _may_run(self) -> bool:
         engine = self._candidate.engine
-        return self._idle and not self._closed and engine is not None and not engine.queued
+        spare = self._idle and time.monotonic() >= self._paused_until
+        return spare and not self._closed and engine is not None and not engine.queued
 
     def _run(self, model: OnnxModel, batch: Sequence[_Given]) -> list[Mapping[str, Array] | None]:
         """In the thread: the answers, None for what the candidate refuses or breaks on, up to where it has to give way."""
@@ -176,6 +183,7 @@ class Shadow:
         for given in batch:
             if answers and not self._may_run():
                 break
+            began, waited = time.monotonic(), waited_s()
             try:
                 model.validate_inputs(given.inputs)
                 names = [output.name for output in unpack(given.body) if output.name in model.output_names]
@@ -185,6 +193,9 @@ class Shadow:
             except Exception:
                 log.exception("shadow_broke", model=self._candidate.name)
                 answers.append(None)
+            ended = time.monotonic()
+            if waited_s() - waited > max(WAITED_S, WAITED_SHARE * (ended - began)):
+                self._paused_until = ended + PAUSE_S
         return answers
 
     def _compared(self, given: _Given, answer: Mapping[str, Array] | None) -> Compared | None:
