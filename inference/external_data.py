@@ -13,14 +13,17 @@ It must not know graphs, onnxruntime or releases.
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import msgspec
-from onnx import TensorProto
+import numpy as np
+from onnx import TensorProto, helper
 
 from schemas.errors import ModelRefused
 from schemas.events import File
@@ -31,9 +34,12 @@ DATA: Final = "data"
 _NUMBER: Final = re.compile("[0-9]{1,15}")
 _SAID: Final = ("location", "offset", "length")
 _KEYS: Final = frozenset({*_SAID, "checksum"})
+LARGE_BYTES: Final = 2**31
 _READ_BYTES: Final = 16 * 2**20
 # What a tensor may hold itself, and one whose data is elsewhere may not.
-_OWN: Final = tuple(field.name for field in TensorProto.DESCRIPTOR.fields if field.name.endswith("_data"))
+_OWN: Final = tuple(
+    f.name for f in TensorProto.DESCRIPTOR.fields if f.name.endswith("_data") and f.name != "external_data"
+)
 
 
 class DataFile(msgspec.Struct, frozen=True):
@@ -51,6 +57,26 @@ class Beside(msgspec.Struct, frozen=True):
     name: str
     sha256: str
     content: bytearray
+
+
+class LargeWeight(msgspec.Struct, frozen=True):
+    """A tensor of 2 GiB and more. onnxruntime copies smaller ones into its graph; this it is to be given as a value."""
+
+    tensor: str
+    file: str
+    offset: int
+    size_bytes: int
+    onnx_type: int
+    dims: tuple[int, ...]
+
+    def array(self, content: bytearray) -> np.ndarray[Any, np.dtype[Any]]:
+        """Its elements, where they lie in the file's content; numpy's type of another size than the element's is refused."""
+        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(self.onnx_type))
+        if dtype.itemsize * math.prod(self.dims) != self.size_bytes:
+            raise ModelRefused(f"{self.tensor[:80]!r} is too large for its element type")
+        plain = np.dtype(f"u{dtype.itemsize}") if dtype.kind == "V" or dtype.num >= 256 else dtype
+        found = np.frombuffer(content, plain, math.prod(self.dims), self.offset).reshape(self.dims)
+        return np.require(found, requirements="A")
 
 
 class DataNotListed(ModelRefused):
@@ -72,37 +98,50 @@ def named(tensors: Iterable[Any]) -> tuple[str, ...]:
     return tuple(sorted(found)) if plain else ()
 
 
-def check_reference(tensor: Any, declared_bytes: int, sizes: Mapping[str, int], place: str) -> str:
-    """The listed file that the tensor's data is in; `sizes` are theirs, by name."""
-    said = {entry.key: entry.value for entry in tensor.external_data}
-    if (
-        tensor.data_location != TensorProto.EXTERNAL
-        or len(said) != len(tensor.external_data)
-        or not said.keys() <= _KEYS
-    ):
-        raise ModelRefused(f"its reference to external data is not one that is served here: {place}")
-    if any(getattr(tensor, field) for field in _OWN if field != "external_data"):
-        raise ModelRefused(f"it holds data and refers to external data: {place}")
-    # Text that is not UTF-8 comes as bytes.
-    name, offset, length = (
-        str(said.get(key, other)) for key, other in zip(_SAID, ("", "0", declared_bytes), strict=True)
-    )
-    if name not in sizes:
-        shown = f"external data in {name!r}" if FILE_NAME.fullmatch(name) else "external data"
-        raise ModelRefused(f"{shown}, which is not listed: {place}")
-    if not _NUMBER.fullmatch(offset) or not _NUMBER.fullmatch(length) or int(length) != declared_bytes:
-        raise ModelRefused(f"its part of {name} is not the {declared_bytes} bytes that its shape needs: {place}")
-    if int(offset) + declared_bytes > sizes[name]:
-        raise ModelRefused(f"its part of {name} ends behind the file's {sizes[name]} bytes: {place}")
-    return name
+class Outside:
+    """What a model's tensors take of the listed files, whose `sizes` are by name."""
 
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        self._sizes = sizes
+        self._named: set[str] = set()
+        self.bytes = 0
+        self.large: list[LargeWeight] = []
 
-def check_whole(taken_bytes: int, used: Collection[str], sizes: Mapping[str, int]) -> None:
-    """What all tensors of a model together take of the files."""
-    if taken_bytes > sum(sizes.values()):
-        raise ModelRefused(f"its tensors take {taken_bytes} bytes of files that have {sum(sizes.values())}")
-    if unused := sorted(sizes.keys() - set(used)):
-        raise ModelRefused(f"the file {unused[0]} is listed, and no tensor names it")
+    def take(self, tensor: Any, declared_bytes: int, place: str) -> None:
+        """ModelRefused where the tensor's reference is not one to a part of a listed file."""
+        said = {entry.key: entry.value for entry in tensor.external_data}
+        whole = tensor.data_location == TensorProto.EXTERNAL and len(said) == len(tensor.external_data)
+        if not whole or not said.keys() <= _KEYS:
+            raise ModelRefused(f"its reference to external data is not one that is served here: {place}")
+        if any(getattr(tensor, field) for field in _OWN):
+            raise ModelRefused(f"it holds data and refers to external data: {place}")
+        # Text that is not UTF-8 comes as bytes.
+        name, offset, length = (
+            str(said.get(k, other)) for k, other in zip(_SAID, ("", "0", declared_bytes), strict=True)
+        )
+        if name not in self._sizes:
+            shown = f"external data in {name!r}" if FILE_NAME.fullmatch(name) else "external data"
+            raise ModelRefused(f"{shown}, which is not listed: {place}")
+        if not _NUMBER.fullmatch(offset) or not _NUMBER.fullmatch(length) or int(length) != declared_bytes:
+            raise ModelRefused(f"its part of {name} is not the {declared_bytes} bytes that its shape needs: {place}")
+        if int(offset) + declared_bytes > self._sizes[name]:
+            raise ModelRefused(f"its part of {name} ends behind the file's {self._sizes[name]} bytes: {place}")
+        self._named.add(name)
+        self.bytes += declared_bytes
+        if declared_bytes >= LARGE_BYTES:
+            dims = tuple(tensor.dims)
+            self.large.append(LargeWeight(tensor.name, name, int(offset), declared_bytes, tensor.data_type, dims))
+
+    def check(self, weights: Iterable[Any]) -> None:
+        """After the last of them; `weights` are all of the model's, external or not."""
+        if self.bytes > (size := sum(self._sizes.values())):
+            raise ModelRefused(f"its tensors take {self.bytes} bytes of files that have {size}")
+        if unused := sorted(self._sizes.keys() - self._named):
+            raise ModelRefused(f"the file {unused[0]} is listed, and no tensor names it")
+        # What is handed over by its name has it alone.
+        names = Counter(weight.name for weight in weights) if self.large else Counter()
+        if any(names[weight.tensor] != 1 for weight in self.large):
+            raise ModelRefused("two weights of the model have one name")
 
 
 def stored(files: Iterable[File], folder: Path) -> tuple[DataFile, ...]:

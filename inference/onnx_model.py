@@ -129,6 +129,10 @@ class OnnxModel:
                 [file.content for file in beside],
                 [len(file.content) for file in beside],
             )
+            contents = {file.name: file.content for file in beside}
+            make = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type
+            values = [make(weight.array(contents[weight.file]), weight.onnx_type) for weight in summary.large]
+            options.add_external_initializers([weight.tensor for weight in summary.large], values)
         try:
             session = onnxruntime.InferenceSession(data, options, providers=list(settings.providers))
         except (InvalidArgument, *FAILURES) as error:

@@ -28,7 +28,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from google.protobuf.unknown_fields import UnknownFieldSet  # type: ignore[import-untyped]
 from onnx import TensorProto
 
-from inference.external_data import DataNotListed, check_reference, check_whole, is_external, named
+from inference.external_data import DataNotListed, LargeWeight, Outside, is_external, named
 from schemas.errors import ModelRefused
 
 DEFAULT_DOMAIN: Final = "ai.onnx"
@@ -94,6 +94,7 @@ class ModelSummary(msgspec.Struct, frozen=True):
     has_control_flow: bool
     producer: str
     zipmaps: tuple[tuple[str, tuple[int | str, ...]], ...]  # value name → class labels, in the order of the columns
+    large: tuple[LargeWeight, ...]  # what has to be handed over by itself
     unranked: tuple[str, ...]  # inputs and outputs without a shape; onnxruntime reports them like scalars
 
 
@@ -135,8 +136,8 @@ def scan(data: bytes, limits: ScanLimits = DEFAULT_LIMITS, files: Mapping[str, i
     opsets = _check_versions(model, limits)
     domains = {domain for domain, _ in limits.max_opsets}
     functions = {(f.domain, f.name) for f in model.functions}
-    nodes = tensor_bytes = outside_bytes = 0
-    used: set[str] = set()
+    nodes = tensor_bytes = 0
+    outside = Outside(files)
     control_flow = False
     for step in _walk(model):
         message = step.message
@@ -147,9 +148,7 @@ def scan(data: bytes, limits: ScanLimits = DEFAULT_LIMITS, files: Mapping[str, i
                 if not files or not step.is_weight:
                     reason = f"external data is not allowed: {step.place()}"
                     raise DataNotListed(reason, named(model.graph.initializer) if step.is_weight else ())
-                size = _declared_bytes(step)
-                used.add(check_reference(message, size, files, step.place()))
-                outside_bytes += size
+                outside.take(message, _declared_bytes(step), step.place())
                 continue
             tensor_bytes += _declared_bytes(step)
             if tensor_bytes > limits.max_initializer_bytes:
@@ -160,13 +159,13 @@ def scan(data: bytes, limits: ScanLimits = DEFAULT_LIMITS, files: Mapping[str, i
                 raise ModelRefused(f"it has more than {limits.max_nodes} nodes")
             control_flow = control_flow or message.op_type in CONTROL_FLOW
             _check_operator(step, domains, functions)
-    if files:
-        check_whole(outside_bytes, used, files)
+    outside.check(model.graph.initializer)
     return ModelSummary(
         ir_version=model.ir_version,
         opsets=opsets,
         node_count=nodes,
-        initializer_bytes=tensor_bytes + outside_bytes,
+        initializer_bytes=tensor_bytes + outside.bytes,
+        large=tuple(outside.large),
         has_control_flow=control_flow,
         producer=f"{_text(model.producer_name)} {_text(model.producer_version)}".strip()[:100],
         zipmaps=tuple(_zipmaps(model.graph)),

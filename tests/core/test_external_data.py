@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -198,6 +200,53 @@ def test_types_that_share_a_byte_need_half_of_one() -> None:
     assert scan(data, files={"a.data": 2}).initializer_bytes == 2 + 4
     beside = [Beside("a.data", models.sha256(content), content)]
     assert OnnxModel.from_bytes(data, models.sha256(data), None, beside).run({})["y"].tolist() == [2.0, 4.0, 6.0]
+
+
+TYPES: tuple[tuple[Any, int], ...] = (
+    (np.float32, TensorProto.FLOAT),
+    (np.float16, TensorProto.FLOAT16),
+    (np.float64, TensorProto.DOUBLE),
+    (np.int64, TensorProto.INT64),
+    (np.uint8, TensorProto.UINT8),
+    (np.bool_, TensorProto.BOOL),
+    (ml_dtypes.bfloat16, TensorProto.BFLOAT16),
+)
+
+
+def table(kind: Any, onnx_type: int, offset: int) -> tuple[bytes, bytearray, np.ndarray[Any, Any]]:
+    """Rows of a weight in `a.data`, by number: the model, the file, and the weight."""
+    weight = np.arange(12).reshape(3, 4).astype(kind)
+    tensor = TensorProto(name="w", data_type=onnx_type, dims=[3, 4], data_location=TensorProto.EXTERNAL)
+    for key, text in (("location", "a.data"), ("offset", str(offset)), ("length", str(weight.nbytes))):
+        say(tensor, key, text)
+    nodes = [models.node("Gather", ["w", "i"], ["g"]), models.node("Cast", ["g"], ["y"], to=TensorProto.FLOAT)]
+    i, y = models.value("i", TensorProto.INT64, ["N"]), models.value("y", TensorProto.FLOAT, ["N", 4])
+    return models.model_bytes(nodes, [i], [y], [tensor]), bytearray(offset) + bytearray(weight.tobytes()), weight
+
+
+@pytest.mark.parametrize("offset", [0, 1, 64])
+@pytest.mark.parametrize(("kind", "onnx_type"), TYPES)
+def test_a_weight_of_two_gigabytes_is_handed_over_by_itself(
+    kind: Any, onnx_type: int, offset: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inference.external_data.LARGE_BYTES", 1)
+    data, content, weight = table(kind, onnx_type, offset)
+    assert [large.tensor for large in scan(data, files={"a.data": len(content)}).large] == ["w"]
+    beside = [Beside("a.data", models.sha256(content), content)]
+    model = OnnxModel.from_bytes(data, models.sha256(data), None, beside)
+    del beside, content
+    gc.collect()
+    _ = [bytearray(b"\xff" * 4096) for _ in range(1000)]
+    answer = model.run({"i": np.array([2, 0], np.int64)})["y"]
+    assert (answer == weight[[2, 0]].astype(np.float32)).all()
+
+
+def test_a_large_weight_has_its_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inference.external_data.LARGE_BYTES", 1)
+    data, content, weight = table(np.float32, TensorProto.FLOAT, 0)
+    model = onnx.ModelProto.FromString(data)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    assert refusal(model, {"a.data": len(content)}) == "two weights of the model have one name"
 
 
 @settings(max_examples=100, deadline=None)
