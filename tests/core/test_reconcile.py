@@ -30,8 +30,8 @@ from edge_node.agent.reconcile import (
     proof_of,
 )
 from edge_node.board import FIRST_MODEL, BoardModel
-from schemas.events import Artifact, Golden, ModelReleased, Placement, Tensor
-from schemas.names import golden_object_key, model_object_key
+from schemas.events import Artifact, File, Golden, ModelReleased, Placement, Tensor
+from schemas.names import data_object_key, golden_object_key, model_object_key
 from streams.folds.releases import ModelHistory, Releases
 from streams.folds.wanted import Channel, Seated, Wanted
 
@@ -205,6 +205,43 @@ def test_a_disk_without_room_for_what_is_wanted_gives_up_the_oldest_first() -> N
     short = msgspec.structs.replace(have, begun={V2.digest: 5})
     assert plan(short, desired(V2))[0] == Collect((f"{old}.onnx",)), "5 more are wanted"
     assert plan(msgspec.structs.replace(have, free_bytes=-9), desired(V1)) == (), "a full disk alone empties nothing"
+
+
+def test_all_files_of_a_release_are_fetched_kept_and_counted() -> None:
+    data, other = f"{77:064x}", f"{99:064x}"
+    part = Artifact(
+        sha256=data,
+        size_bytes=30,
+        object_key=data_object_key("m", data),
+        chunk_size_bytes=65_536,
+        chunk_sha256=(bytes(32),),
+    )
+    many = wanted(sequence=2, digest=2, files=(File(name="w.data", artifact=part),))
+    onnx = many.released.artifact.sha256
+    assert needs(many) == {onnx, data} and many.digest not in needs(many)
+    half = actual(verified=frozenset({onnx}))
+    assert plan(half, desired(many)) == (Fetch(sat(many)),)
+    assert plan(actual(verified=needs(many)), desired(many)) == (Trial(sat(many)),)
+    proven = frozenset({proof_of(many, RUNTIME)})
+    assert plan(actual(verified=needs(many), proofs=proven), desired(many)) == (Activate(sat(many)),)
+    # The proof of one set of weights is none of another's.
+    assert proof_of(many, RUNTIME) != proof_of(V2, RUNTIME)
+    full = actual(
+        models={"m": on_board(many)},
+        verified=needs(many),
+        proofs=proven,
+        stored=(
+            stored(onnx, 10, 0),
+            StoredFile(name=f"{data}.data", digest=data, size=30, used_ms=0),
+            stored(other, 5, 9),
+        ),
+        disk_bytes=0,
+    )
+    assert plan(full, desired(many)) == (Collect((f"{other}.onnx",)),)
+    # 40 bytes are wanted, of which the data's part has 12.
+    tight = actual(stored=(stored(other, 5, 9),), begun={data: 12}, free_bytes=28)
+    assert plan(tight, desired(many)) == (Fetch(sat(many)),)
+    assert plan(msgspec.structs.replace(tight, free_bytes=27), desired(many))[0] == Collect((f"{other}.onnx",))
 
 
 def test_what_a_rollback_would_go_back_to_is_known_from_the_log() -> None:

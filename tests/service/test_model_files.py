@@ -21,8 +21,12 @@ import numpy as np
 import onnx
 import pytest
 
+from edge_node.agent.model_files import MODEL, ModelFiles
 from edge_node.agent.peers import weight
+from edge_node.agent.reconcile import Proof
+from edge_node.agent.sweep import sweep
 from edge_node.peer_proof import HEADER, key_of, proof
+from inference.external_data import DATA
 from inference.onnx_model import OnnxModel
 from mlcdn.identities import Identities, ensure_identities
 from mlcdn.local_stack.running import RunningStack
@@ -285,6 +289,28 @@ def test_a_kill_between_two_files_costs_what_had_not_arrived(
     assert brought.stat().st_ino == there, "it was brought once"
     assert until(node.pids, 5)["agent"] != agent
     assert node.predict("resumed", 1).status_code == 200
+
+
+def test_parts_of_data_are_counted_swept_and_go_with_their_wish(tmp_path: Path) -> None:
+    files, digest, onnx = ModelFiles(tmp_path), "a" * 64, "b" * 64
+    part = files.part(digest, DATA)
+    part.write_bytes(bytes(5_000))
+    files.path(digest, DATA).write_bytes(b"12345")
+    stored, begun, _ = files.on_disk()
+    assert [(file.name, file.digest, file.size) for file in stored] == [(f"{digest}.data", digest, 5)]
+    assert begun == {digest: 8192}
+    assert sweep(tmp_path, "", time.time() + 1_000, {digest}) == 0
+    assert sweep(tmp_path, "", time.time() + 1_000, {onnx}) == 5_000
+    # One ONNX file, two sets of weights: each has a proof, and both go with the file.
+    proofs = [Proof(digest=c * 64, golden=None, rtol=0, atol=0, runtime="r") for c in "cd"]
+    files.path(onnx, MODEL).write_bytes(b"onnx")
+    for one in proofs:
+        files.prove(one, onnx)
+    assert ModelFiles(tmp_path).proofs == set(proofs)
+    files.remove((f"{digest}.data",))
+    assert files.proofs == set(proofs)
+    files.remove((f"{onnx}.onnx",))
+    assert files.proofs == ModelFiles(tmp_path).proofs == frozenset()
 
 
 NOT_TAKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
