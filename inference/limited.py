@@ -27,9 +27,10 @@ from typing import Final, Self
 
 import msgspec
 
+from inference.external_data import DataFile
 from inference.packed import Output
 from inference.trial import environment
-from inference.trial_report import TrialLimits
+from inference.trial_report import SLOWEST_BYTES_S, TrialLimits
 from schemas.errors import ModelRefused
 
 MAX_FRAME: Final = 64 * 2**20
@@ -66,11 +67,15 @@ _encode: Final = msgspec.msgpack.Encoder().encode
 class LimitedModel:
     """Synchronous; one thread owns it."""
 
-    def __init__(self, path: Path, sha256: str, limits: TrialLimits | None = None) -> None:
-        self._limits = limits or TrialLimits(cpu_s=3_600)
-        said = msgspec.json.encode(self._limits).decode()
+    def __init__(
+        self, path: Path, sha256: str, limits: TrialLimits | None = None, files: tuple[DataFile, ...] = ()
+    ) -> None:
+        self._limits = (limits or TrialLimits(cpu_s=3_600)).beside(files)
+        self._load_s = _LOAD_S + 2 * sum(file.size_bytes for file in files) / SLOWEST_BYTES_S
         # The child sits in a folder of its own.
-        self._argv = [*_COMMAND, str(path.absolute()), sha256, said]
+        listed = [msgspec.structs.replace(file, path=str(Path(file.path).absolute())) for file in files]
+        said = (msgspec.json.encode(words).decode() for words in (self._limits, listed))
+        self._argv = [*_COMMAND, str(path.absolute()), sha256, *said]
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -83,7 +88,7 @@ class LimitedModel:
             bufsize=0,
         )
         try:
-            loaded = self._hear(_LOAD_S)
+            loaded = self._hear(self._load_s)
             if loaded.reason:
                 raise ModelRefused(loaded.reason)
         except BaseException:

@@ -20,6 +20,7 @@ import msgspec
 
 from inference.compare import checked_tensors
 from inference.deadlines import Deadline
+from inference.external_data import DataFile, content
 from inference.limited import LENGTH, MAX_FRAME, Question, Reply
 from inference.onnx_model import OnnxModel, SessionSettings
 from inference.packed import pack_outputs
@@ -33,8 +34,9 @@ _encode: Final = msgspec.msgpack.Encoder().encode
 
 
 def main() -> int:
-    path, sha256, said = sys.argv[1:4]
+    path, sha256, said, listed = sys.argv[1:5]
     limits = msgspec.json.decode(said, type=TrialLimits)
+    files = msgspec.json.decode(listed, type=list[DataFile])
     # Nothing but frames may reach the pipe, whatever a library prints.
     asked, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     null = os.open(os.devnull, os.O_RDWR)
@@ -42,7 +44,7 @@ def main() -> int:
         os.dup2(null, number)
     os.close(null)
     try:
-        model = _load(path, sha256, limits)
+        model = _load(path, sha256, limits, files)
     except MlcdnError as error:
         _say(answers, Reply(reason=str(error)))
         return 0
@@ -55,22 +57,32 @@ def main() -> int:
     return 0
 
 
-def _load(path: str, sha256: str, limits: TrialLimits) -> OnnxModel:
+def _load(path: str, sha256: str, limits: TrialLimits, files: list[DataFile]) -> OnnxModel:
+    file = _open(path, "the artifact")
+    size = os.fstat(file).st_size
+    weights = [_open(listed.path, f"the file {listed.name}") for listed in files]
+    folder = tempfile.mkdtemp(prefix="mlcdn-replay-")
+    os.chdir(folder)
+    os.rmdir(folder)
+    bind(limits, size + sum(listed.size_bytes for listed in files), os.getppid())
+    with os.fdopen(file, "rb") as opened:
+        data = opened.read(min(size, limits.scan.max_file_bytes) + 1)
+    beside = []
+    for listed, descriptor in zip(files, weights, strict=True):
+        with os.fdopen(descriptor, "rb", buffering=0) as raw:
+            beside.append(content(listed, raw))
+    return OnnxModel.from_bytes(data, sha256, SessionSettings(scan_limits=limits.scan), beside)
+
+
+def _open(path: str, what: str) -> int:
     try:
         # Without O_NONBLOCK a named pipe in the file's place would stop here.
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise ModelRefused(f"the artifact cannot be opened: {error.strerror}") from error
-    found = os.fstat(file)
-    if not stat.S_ISREG(found.st_mode):
-        raise ModelRefused("the artifact is not a regular file")
-    folder = tempfile.mkdtemp(prefix="mlcdn-replay-")
-    os.chdir(folder)
-    os.rmdir(folder)
-    bind(limits, found.st_size, os.getppid())
-    with os.fdopen(file, "rb") as opened:
-        data = opened.read(min(found.st_size, limits.scan.max_file_bytes) + 1)
-    return OnnxModel.from_bytes(data, sha256, SessionSettings(scan_limits=limits.scan))
+        raise ModelRefused(f"{what} cannot be opened: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        raise ModelRefused(f"{what} is not a regular file")
+    return file
 
 
 def _answer(model: OnnxModel, frame: bytes, limits: TrialLimits) -> Reply:

@@ -23,6 +23,7 @@ from typing import Final
 import msgspec
 
 from inference.compare import Compared, checked_values, compared
+from inference.external_data import stored
 from inference.golden import ATOL, RTOL
 from inference.limited import LimitedModel, Refused
 from inference.packed import Output
@@ -33,6 +34,7 @@ from streams.audit.recordings import RegionSample
 from streams.folds.releases import ModelHistory
 
 FETCH_S: Final = 300.0
+SLOWEST_BYTES_S: Final = 2**20
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,8 +106,6 @@ def released_candidate(history: ModelHistory | None, model: str, version: str | 
             known = sorted(r.version for r in history.brought.values())
             raise NotFound(f"model {model} has no version {version[:80]!r}; it has {known}")
         released = max(found, key=lambda r: r.sequence)
-    if released.files:
-        raise BadInput(f"{model} {released.version} has several files, and is not replayed")
     return Candidate(version=released.version, digest=released.digest, released=released)
 
 
@@ -120,11 +120,13 @@ def file_candidate(path: Path) -> Candidate:
 
 
 def fetched(candidate: Candidate, store: ArtifactStore, directory: Path) -> Path:
-    """The artifact of a release, verified, in `directory`."""
+    """The ONNX file of a release, verified, in `directory`, with its data beside it."""
     if candidate.released is None:
         raise BadInput(f"nobody has released {candidate.version}")
-    path = directory / "candidate.onnx"
-    store.fetch(candidate.released.artifact, path, FetchOptions(deadline_s=FETCH_S))
+    released, path = candidate.released, directory / "candidate.onnx"
+    places = (path, *(Path(file.path) for file in stored(released.files, directory)))
+    for artifact, place in zip(released.artifacts, places, strict=True):
+        store.fetch(artifact, place, FetchOptions(deadline_s=FETCH_S + artifact.size_bytes / SLOWEST_BYTES_S))
     return path
 
 
@@ -138,7 +140,10 @@ def replay(
     max_disagreement: float | None = None,
 ) -> Report:
     """The artifact at `path` is asked all of `samples`."""
-    with LimitedModel(path, candidate.digest) as child:
+    released = candidate.released
+    sha256 = candidate.digest if released is None else released.artifact.sha256
+    files = () if released is None else stored(released.files, path.parent)
+    with LimitedModel(path, sha256, files=files) as child:
         regions = tuple(_region(sample, candidate, child.ask) for sample in samples)
     asked = sum(r.rows + r.failed for r in regions)
     wrong = sum(r.disagreements + r.failed for r in regions)

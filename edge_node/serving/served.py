@@ -41,6 +41,7 @@ class Served:
     def __init__(self, wanted: Wanted, channel: Channel, prepared: Prepared | None, path: str = "") -> None:
         """`path` is its file's, in the node's directory."""
         self.wanted, self.channel, self.path = wanted, channel, path
+        self.digest = wanted.digest  # asked for by every request, and hashed where there are several files
         self.model = prepared.model if prepared is not None else None
         self.cost = prepared.cost if prepared is not None else RunCost(0.0, may_run_in_loop=False)
         self.batchable = prepared is not None and wanted.released.batching.batchable
@@ -71,10 +72,6 @@ class Served:
     @property
     def seat(self) -> str:
         return seat(self.name, self.channel)
-
-    @property
-    def digest(self) -> str:
-        return self.wanted.digest
 
     @property
     def asleep(self) -> bool:

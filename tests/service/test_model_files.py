@@ -28,17 +28,28 @@ from edge_node.agent.sweep import sweep
 from edge_node.peer_proof import HEADER, key_of, proof
 from inference.external_data import DATA
 from inference.onnx_model import OnnxModel
+from inference.packed import pack_outputs
 from mlcdn.identities import Identities, ensure_identities
 from mlcdn.local_stack.running import RunningStack
-from origin import data_files
+from origin import data_files, replay
 from origin.hosting import Hosting
 from origin.publish import Published, Publisher
 from origin.release_request import ReleaseRequest
+from origin.replay import Candidate
 from schemas import codec
 from schemas.errors import BadInput, MlcdnError, ModelRefused
-from schemas.events import ArtifactRejected, File, ModelReleased, Placement
+from schemas.events import (
+    ArtifactRejected,
+    File,
+    ModelReleased,
+    Placement,
+    RecordedTensor,
+    RequestRecorded,
+    Tensor,
+)
 from schemas.topics import FLEET, RELEASES
 from streams.artifacts import ArtifactStore
+from streams.audit.recordings import Recorded, RegionSample
 from streams.audit.story import story
 from streams.log.keys import load_private, load_roots
 from streams.log.producer import KafkaAppender
@@ -151,23 +162,38 @@ def region(desk: Desk, line: TcpFaults, tmp_path_factory: pytest.TempPathFactory
         yield made
 
 
+@dataclass(frozen=True)
+class Split:
+    """`whole` in several files, served by both nodes. `came` is what each node had from the store and from the other."""
+
+    done: Published
+    event: ModelReleased
+    came: list[tuple[int, int]]
+
+
+@pytest.fixture(scope="module")
+def split(desk: Desk, region: dict[str, EdgeNode]) -> Split:
+    before = {name: (came(node, "s3"), came(node, "peer")) for name, node in region.items()}
+    done = desk.publish("split", desk.lay(WHOLE))
+    until(lambda: all(node.serves("split", done.digest) for node in region.values()), START_S)
+    since = [(came(node, "s3") - before[n][0], came(node, "peer") - before[n][1]) for n, node in region.items()]
+    return Split(done, desk.released("split")[0], sorted(since))
+
+
 def scores(node: EdgeNode, model: str) -> list[list[float]]:
     return [node.predict(model, number).json()["prediction"] for number in range(1, 6)]
 
 
-def test_a_model_in_files_is_published_and_served_by_both_nodes(desk: Desk, region: dict[str, EdgeNode]) -> None:
-    path = desk.lay(WHOLE)
-    before = {name: (came(node, "s3"), came(node, "peer")) for name, node in region.items()}
-    done = desk.publish("split", path)
-    until(lambda: all(node.serves("split", done.digest) for node in region.values()), START_S)
-    [event] = desk.released("split")
+def test_a_model_in_files_is_published_and_served_by_both_nodes(
+    desk: Desk, region: dict[str, EdgeNode], split: Split
+) -> None:
+    done, event = split.done, split.event
     assert [file.name for file in event.files] == list(NAMES)
     assert done.digest == event.digest != event.artifact.sha256
     assert done.version == done.digest[:12]
     assert {artifact.object_key for artifact in event.artifacts} <= desk.objects()
-    since = [(came(node, "s3") - before[n][0], came(node, "peer") - before[n][1]) for n, node in region.items()]
     size = sum(artifact.size_bytes for artifact in event.artifacts)
-    assert sorted(since) == [(0, size), (size, 0)], "one node has it from the store, the other from that node"
+    assert split.came == [(0, size), (size, 0)], "one node has it from the store, the other from that node"
     for node in region.values():
         assert scores(node, "split") == scores(node, "whole")
     answer = next(iter(region.values())).predict("split", 1)
@@ -175,8 +201,35 @@ def test_a_model_in_files_is_published_and_served_by_both_nodes(desk: Desk, regi
     assert event.memory_bytes >= len(WHOLE)
 
 
-def test_the_door_gives_each_file_by_its_digest(desk: Desk, region: dict[str, EdgeNode]) -> None:
-    node, [event] = region["files-1"], desk.released("split")
+def test_a_replay_asks_it_in_a_child(desk: Desk, split: Split, tmp_path: Path) -> None:
+    found = Candidate(version="v", digest=split.event.digest, released=split.event)
+    path = replay.fetched(found, desk.store, tmp_path)
+    row = np.array([question("split", 1)["features"]], np.float32)
+    whole = OnnxModel.from_bytes(WHOLE, models.sha256(WHOLE))
+    answer = pack_outputs(whole.run({"features": row}), whole.outputs)
+    recorded = RequestRecorded(
+        node="n",
+        region="r",
+        worker=0,
+        incarnation=1,
+        model="split",
+        sequence=1,
+        digest=split.event.digest,
+        recorded_at_ms=1,
+        inputs=(RecordedTensor(name="features", datatype="FP32", shape=(1, 32), data=row.tobytes()),),
+        outputs=answer,
+    )
+    sample = RegionSample("r", (Recorded(0, 0, recorded),), ())
+    report = replay.replay(found, path, "split", [sample], last=1)
+    assert (report.rows, report.disagreement, report.passed) == (1, 0.0, True)
+    spoilt = next(tmp_path.glob("*.data"))
+    spoilt.write_bytes(bytes(spoilt.stat().st_size))
+    with pytest.raises(ModelRefused, match="SHA-256 of its file"):
+        replay.replay(found, path, "split", [sample], last=1)
+
+
+def test_the_door_gives_each_file_by_its_digest(desk: Desk, region: dict[str, EdgeNode], split: Split) -> None:
+    node, event = region["files-1"], split.event
     folder = desk.folder / "model"
     for artifact, name in zip(event.artifacts, ("model.onnx", *NAMES), strict=True):
         last = artifact.size_bytes - 1
@@ -187,23 +240,25 @@ def test_the_door_gives_each_file_by_its_digest(desk: Desk, region: dict[str, Ed
     assert httpx.get(f"{node.url}/artifacts/{event.digest}", headers=headers, trust_env=False).status_code == 404
 
 
-def test_the_story_of_a_file_is_that_of_its_release(desk: Desk, region: dict[str, EdgeNode]) -> None:
-    [event] = desk.released("split")
+def test_the_story_of_a_file_is_that_of_its_release(desk: Desk, split: Split) -> None:
+    event = split.event
     of_release = story(desk.reader, desk.roots, event.digest)
     assert len(of_release) > 2
     for artifact in event.artifacts:
         assert story(desk.reader, desk.roots, artifact.sha256) == of_release
 
 
-def test_the_same_graph_with_other_weights_is_another_release(desk: Desk, region: dict[str, EdgeNode]) -> None:
+def test_the_same_graph_with_other_weights_is_another_release(
+    desk: Desk, region: dict[str, EdgeNode], split: Split
+) -> None:
     other = models.mlp_bytes(6, (32, 200, 200, 8))
     assert models.split(other, NAMES)[0] == models.split(WHOLE, NAMES)[0], "the ONNX file is the same"
-    done = desk.publish("split", desk.lay(other, "retrained"))
-    until(lambda: all(node.serves("split", done.digest) for node in region.values()), START_S)
+    done = desk.publish("retrained", desk.lay(other, "retrained"))
+    until(lambda: all(node.serves("retrained", done.digest) for node in region.values()), START_S)
     expected = OnnxModel.from_bytes(other, models.sha256(other)).run(
-        {"features": np.array([question("split", 1)["features"]], np.float32)}
+        {"features": np.array([question("retrained", 1)["features"]], np.float32)}
     )
-    np.testing.assert_allclose(scores(region["files-1"], "split")[0], expected["scores"][0], rtol=1e-5)
+    np.testing.assert_allclose(scores(region["files-1"], "retrained")[0], expected["scores"][0], rtol=1e-5)
 
 
 def test_a_file_that_is_spoilt_in_the_store_is_refused_by_its_name(
@@ -393,7 +448,7 @@ def test_an_origin_hosts_it_and_fetches_only_what_is_spoilt(
     artifact, files = scene.upload(path.read_bytes()), data_files.described(path, "far", NAMES)
     for file in files:
         scene.store.put(file.artifact, path.parent / file.name)
-    tensors = desk.released("whole")[0].inputs
+    tensors = (Tensor(name="features", datatype="FP32", shape=(-1, 32)),)
     event = ModelReleased(
         model="far", version="v1", sequence=1, artifact=artifact, files=files, inputs=tensors, outputs=tensors,
         placement=Placement.ORIGIN, created_at_ms=0, author="op",
