@@ -16,7 +16,21 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from bench import audit, edge, fetch, memory, onnx_nodes, purge, release, restart, slow_neighbour, swap, workers
+from bench import (
+    audit,
+    edge,
+    fetch,
+    memory,
+    onnx_nodes,
+    purge,
+    release,
+    restart,
+    rollback,
+    slow_neighbour,
+    storm,
+    swap,
+    workers,
+)
 from bench.servers import MISSING, PEERS
 from mlcdn.demo.command import Mlcdn
 
@@ -28,9 +42,12 @@ BENCHES: dict[str, Bench] = {
     "onnx_nodes": onnx_nodes.run,
     "restart": restart.run,
     "release": release.run,
+    "rollback": rollback.run,
     "slow_neighbour": slow_neighbour.run,
     "workers": workers.run,
     "swap": swap.run,
+    "storm": storm.run,
+    "release_ten": release.run_ten,
     "fetch": fetch.run,
     "memory": memory.run,
     "audit": audit.run,
