@@ -11,6 +11,7 @@
     max_error_rise = 0.01           share of failed requests
     max_p99_ratio = 1.5             99th percentile of latency, or
     p99_slack_ms = 5                milliseconds above the stable release's, whichever is more
+    compare = "top1"                what makes two answers differ: their largest score, where they have any, or "values"
     max_disagreement = 0.01         share of compared answers that differ
     min_compared = 100              answers to compare before drift is judged
 

@@ -120,11 +120,13 @@ class Scene:
             response_bytes=np.zeros(rows, "<u4").tobytes(), key_hash=np.zeros(rows, "<u8").tobytes(), dropped=0,
         ))  # fmt: skip
 
-    def shadow(self, rows: int, disagreements: int, *, failed: int = 0, region: str = "tokyo") -> None:
+    def shadow(
+        self, rows: int, disagreements: int, *, failed: int = 0, top1: tuple[int, int] = (0, 0), region: str = "tokyo"
+    ) -> None:
         self.say(None, ShadowCompared(
             node="n-1", region=region, worker=0, incarnation=1, model="m", sequence=2, stable_digest=V1,
             candidate_digest=V2, started_at_ms=0, rows=rows, disagreements=disagreements, max_difference=0.0,
-            top1_rows=0, top1_agreements=0, failed=failed, skipped=0,
+            top1_rows=top1[0], top1_agreements=top1[1], failed=failed, skipped=0,
         ))  # fmt: skip
 
     @property

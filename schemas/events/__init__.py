@@ -36,6 +36,7 @@ from schemas.events.fleet import (
     SwapFailed,
 )
 from schemas.events.rollouts import (
+    Compare,
     Evidence,
     Gates,
     Objection,
@@ -106,6 +107,7 @@ __all__ = [
     "Batching",
     "CacheInvalidated",
     "CachePolicy",
+    "Compare",
     "Event",
     "EventRejected",
     "Evidence",

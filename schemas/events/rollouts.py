@@ -36,6 +36,13 @@ class Verdict(StrEnum):
     INCONCLUSIVE = "inconclusive"
 
 
+class Compare(StrEnum):
+    """What makes two answers differ: another largest output (where an answer has scores), or any value."""
+
+    TOP1 = "top1"
+    VALUES = "values"
+
+
 class Wave(msgspec.Struct, frozen=True, kw_only=True):
     """`percent` of the requests of `regions` (none named: every region) go to the candidate; at 0 it is seated there, for
     its shadow alone.
@@ -70,12 +77,14 @@ class Gates(msgspec.Struct, frozen=True, kw_only=True):
 
     A share of failed requests, or of refused ones, that is `max_error_rise` higher; a 99th percentile of latency
     `max_p99_ratio` times as long, or `p99_slack_ms` longer; a share of compared answers that differ of
-    `max_disagreement`, judged from `min_compared` answers on.
+    `max_disagreement`, judged from `min_compared` answers on. A model that was trained anew gives other scores to all
+    that it is asked, so what is compared is the largest of them, unless `compare` says otherwise.
     """
 
     max_error_rise: float = 0.01
     max_p99_ratio: float = 1.5
     p99_slack_ms: float = 5.0
+    compare: Compare = Compare.TOP1
     max_disagreement: float = 0.01
     min_compared: int = 100
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from schemas.codec import Envelope
 from schemas.errors import BadInput
-from schemas.events import TIERS, RequestBatch, ShadowCompared, Side
+from schemas.events import TIERS, Compare, RequestBatch, ShadowCompared, Side
 from streams.folds import latencies
 from streams.log.record import Record
 
@@ -50,7 +50,7 @@ class Tally(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Subject(msgspec.Struct, frozen=True, kw_only=True):
-    """What is compared with what, where (none named: everywhere), and since when (broker's clock)."""
+    """What is compared with what, and by what, where (none named: everywhere), and since when (broker's clock)."""
 
     model: str
     sequence: int
@@ -58,6 +58,7 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     candidate: str
     regions: tuple[str, ...]
     since_ms: int
+    compare: Compare
 
 
 class _Archive(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,13 +151,16 @@ class Comparison:
     def _of_shadow(self, record: Record, event_id: str, event: ShadowCompared) -> Tally | None:
         if (event.model, event.sequence) != (self.subject.model, self.subject.sequence):
             return None
+        compared, disagreements = event.rows, event.disagreements
+        if self.subject.compare is Compare.TOP1 and event.top1_rows:
+            compared, disagreements = event.top1_rows, event.top1_rows - event.top1_agreements
         return Tally(
             id=event_id,
             topic=record.topic,
             partition=record.partition,
             offset=record.offset,
-            compared=event.rows + event.failed,
-            disagreements=event.disagreements + event.failed,
+            compared=compared + event.failed,
+            disagreements=disagreements + event.failed,
         )
 
     def _add(self, tally: Tally) -> None:

@@ -60,6 +60,7 @@ def subject_of(rollout: Rollout) -> Subject:
         candidate=rollout.wanted.digest,
         regions=rollout.wave.regions,
         since_ms=rollout.since_ms,
+        compare=rollout.wanted.released.plan.gates.compare,
     )
 
 

@@ -13,6 +13,7 @@ from schemas import codec
 from schemas.errors import BadInput, Unreachable
 from schemas.events import (
     ArtifactRejected,
+    Compare,
     Gates,
     ModelSwapped,
     OnFailure,
@@ -272,6 +273,17 @@ def test_drift_is_judged_where_a_shadow_was_asked_for() -> None:
     good(wide)
     wide.shadow(200, 90)
     assert judged(wide).verdict is Verdict.PASS
+
+
+def test_a_model_that_was_trained_anew_is_compared_by_its_largest_score() -> None:
+    for compare, verdict in ((Compare.TOP1, Verdict.PASS), (Compare.VALUES, Verdict.FAIL)):
+        plan = Plan(waves=CANARY.waves, gates=Gates(compare=compare))
+        scene = canary(plan, shadow_percent=100.0)
+        good(scene)
+        scene.shadow(200, 200, top1=(200, 199))
+        assert judged(scene).verdict is verdict
+        scene.shadow(200, 200, top1=(200, 100))
+        assert judged(scene).verdict is Verdict.FAIL
 
 
 def test_a_release_at_once_is_held_to_its_workers_alone() -> None:
