@@ -59,6 +59,9 @@ def test_the_log_the_objects_and_the_keys_are_the_network(
     mlcdn("up", "--detach", "--regions", ",".join(document["regions"]), "--workers", str(workers), timeout_s=120)
 
     until_served(mlcdn, seats)
+    tokyo = mlcdn.network()["regions"]["tokyo"]["nodes"][0]["url"]
+    halfway = httpx.get(f"{tokyo}/health", trust_env=False).json()["models"]["halfway"]
+    assert halfway["candidate"]["percent"] == 50
     assert mlcdn("audit", "state", "--at", str(position), "--json") == before, "told and reported, to the last byte"
     assert mlcdn.json("audit", "state")["desired_digest"] == json.loads(before)["desired_digest"]
     shown = mlcdn.json("rollout", "show", "halfway")
