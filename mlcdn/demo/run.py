@@ -1,4 +1,4 @@
-"""The demo: publish, serve, swap under load, refuse, purge, lose an edge, roll back, audit. Each step with its time.
+"""The demo: publish, serve, swap under load, refuse, canaries, purge, lose an edge, roll back, audit; each with its time.
 
 Every step is a promise; the first one broken ends the demo with exit code 1.
 """
@@ -23,10 +23,10 @@ import numpy as np
 from mlcdn.cli import output
 from mlcdn.demo.command import Mlcdn, PromiseBroken, promise
 from mlcdn.demo.digits import Digits, train
-from mlcdn.demo.traffic import MODEL, Answers, Recompute, body, open_loop
+from mlcdn.demo.traffic import MODEL, body
+from mlcdn.demo.waves import TOKYO, Waves, check_load, under_load, until_halted
 
 RATE = 220.0
-PLACES = ({"lat": "35.7", "lon": "139.7"}, {"lat": "51.5", "lon": "-0.1"}, {"lat": "38.9", "lon": "-77.4"})
 
 
 def demo(directory: Path, *, keep: bool = False) -> int:
@@ -55,10 +55,14 @@ def step(title: str) -> Iterator[list[str]]:
 
 
 def _steps(mlcdn: Mlcdn, work: Path) -> None:
-    with step("train two classifiers of handwritten digits, export them to ONNX") as found:
+    with step("train four classifiers of handwritten digits, export them to ONNX") as found:
         digits = train(work)
-        v1, v2 = (hashlib.sha256(p.read_bytes()).hexdigest() for p in (digits.v1, digits.v2))
-        found.append(f"v1 logistic regression {v1[:12]}, v2 neural network {v2[:12]}, {len(digits.labels)} held out")
+        files = (digits.v1, digits.v2, digits.v3, digits.v4)
+        v1, v2, v3, v4 = (hashlib.sha256(p.read_bytes()).hexdigest() for p in files)
+        found.append(
+            f"v1 logistic regression {v1[:12]}, v2 neural network {v2[:12]}, v3 the same, grown {v3[:12]},"
+            f" v4 taught with slipped labels {v4[:12]}; {len(digits.labels)} held out"
+        )
     with step("start three regions: Kafka, S3, a Valkey each, origin, streams, router, edges") as found:
         mlcdn("up", "--detach", timeout_s=280)
         found.append(", ".join(mlcdn.network()["regions"]))
@@ -81,10 +85,17 @@ def _steps(mlcdn: Mlcdn, work: Path) -> None:
         promise(bool((again == labels).all()), "a cached answer differs from the computed one")
         promise(_hits(caches) == len(caches), "an answer asked for before did not come from a cache")
     with step(f"publish v2 under an open loop of {RATE:.0f} requests a second, without retries") as found:
-        answers, released = asyncio.run(_under_load(mlcdn, router, digits))
+        publish = ("publish", MODEL, str(digits.v2), "--version", "v2", "--wait")
+        answers, released = asyncio.run(under_load(router, digits, RATE, lambda: mlcdn.json(*publish)))
         _published(released, found)
-        _check_load(answers, digits, {v1: digits.v1, v2: digits.v2}, found)
+        check_load(answers, digits, {v1: digits.v1, v2: digits.v2}, found)
+        promise(len(answers.by_digest) == 2, "the load did not see both versions")
     _bad_releases(mlcdn, work, digits, v2)
+    waves = Waves(mlcdn, router, digits, RATE, work)
+    with step("roll v3 out in waves under the load: 25 % of tokyo, then every region; its gates pass") as found:
+        waves.good(v2, v3, found)
+    with step("roll v4 out the same way: its shadow finds that it answers otherwise, and it is taken back") as found:
+        waves.bad(v3, v4, found)
     with step("invalidate the model's predictions, with a receipt a node") as found:
         purge = mlcdn.json("invalidate", "--model", MODEL, "--reason", "demo", "--wait")
         found.append(", ".join(f"{r['node']} {r['applied_ms']:.0f} ms" for r in purge["receipts"]))
@@ -92,7 +103,7 @@ def _steps(mlcdn: Mlcdn, work: Path) -> None:
         _, caches = _ask_all(router, digits)
         promise(_hits(caches) == 0, f"{_hits(caches)} answers came from before the purge")
         found.append(f"asked again: 0 of {len(caches)} from a cache")
-    _lose_an_edge(mlcdn, router, digits, v2)
+    _lose_an_edge(mlcdn, router, digits, v3)
     with step("roll back to v1") as found:
         _published(mlcdn.json("rollback", MODEL, "--to", "v1", "--reason", "demo", "--wait"), found)
         status = mlcdn.json("status", MODEL)
@@ -126,7 +137,7 @@ def _ask_all(router: str, digits: Digits) -> tuple[np.ndarray[Any, Any], list[st
     labels, caches = [], []
     with httpx.Client(follow_redirects=True, timeout=10, trust_env=False) as http:
         for row in digits.held_out:
-            answer = http.post(f"{router}/v2/models/{MODEL}/infer", params=PLACES[0], json=body(row[None]))
+            answer = http.post(f"{router}/v2/models/{MODEL}/infer", params=TOKYO, json=body(row[None]))
             promise(answer.status_code == 200, f"{answer.status_code} {answer.text[:200]}")
             labels.append(next(o for o in answer.json()["outputs"] if o["name"] == "label")["data"][0])
             caches.append(answer.headers["cache-status"])
@@ -137,34 +148,6 @@ def _hits(caches: list[str]) -> int:
     return sum("; hit" in said for said in caches)
 
 
-async def _under_load(mlcdn: Mlcdn, router: str, digits: Digits) -> tuple[Answers, dict[str, Any]]:
-    stop = asyncio.Event()
-    load = asyncio.create_task(open_loop(router, digits.held_out, PLACES, RATE, stop))
-    await asyncio.sleep(2)
-    try:
-        released: dict[str, Any] = await asyncio.to_thread(
-            mlcdn.json, "publish", MODEL, str(digits.v2), "--version", "v2", "--wait",
-        )  # fmt: skip
-        await asyncio.sleep(2)
-    finally:
-        stop.set()
-    return await load, released
-
-
-def _check_load(answers: Answers, digits: Digits, artifacts: dict[str, Path], found: list[str]) -> None:
-    wrong = Recompute(artifacts, digits.held_out).wrong(answers.seen)
-    versions = ", ".join(f"{d[:12]} {n}" for d, n in answers.by_digest.items())
-    found.append(
-        f"{answers.sent} sent in {answers.seconds:.1f} s ({answers.sent / answers.seconds:.0f}/s),"
-        f" {answers.failed} failed, {wrong} wrong; p50 {answers.quantile(0.5):.1f} ms p99 {answers.quantile(0.99):.1f} ms",
-    )
-    found.append(f"answers by digest: {versions}; by region: {dict(answers.by_region)}")
-    promise(answers.sent / answers.seconds >= 200, "the open loop fell below 200 requests a second")
-    promise(answers.failed == 0, f"{answers.failed} requests failed: {answers.failures[:3]}")
-    promise(wrong == 0, f"{wrong} answers are not what the artifact they name gives")
-    promise(len(answers.by_digest) == 2, "the load did not see both versions")
-
-
 def _bad_releases(mlcdn: Mlcdn, work: Path, digits: Digits, v2: str) -> None:
     with step("publish a broken file: refused before anything is uploaded") as found:
         broken = work / "broken.onnx"
@@ -173,13 +156,13 @@ def _bad_releases(mlcdn: Mlcdn, work: Path, digits: Digits, v2: str) -> None:
         mlcdn("publish", MODEL, str(broken), "--version", "broken", expect=1)
         promise(mlcdn.json("status", MODEL)["desired"]["position"] == before, "a broken file reached the log")
         found.append("exit code 1, nothing in the log")
-    with step("publish a good file that is corrupted in the store afterwards: every node rejects it") as found:
+    with step("publish a good file that is corrupted in the store: nodes reject it, and it is taken back") as found:
         spoilt = work / "spoilt.onnx"
         spoilt.write_bytes(digits.v1.read_bytes() + _harmless())
-        released = _published_then_corrupted(mlcdn, spoilt)
-        for node in released["nodes"]:
-            found.append(f"{node['node']}: {node['outcome']}: {node['reason']}")
-        promise(all(n["outcome"] == "rejected" for n in released["nodes"]), f"not rejected: {released['nodes']}")
+        _published_then_corrupted(mlcdn, spoilt)
+        halted = until_halted(mlcdn, 20)
+        found.append(f"{halted['status']}: {halted['verdicts'][-1]['reason']}")
+        promise(halted["stable"]["digest"] == v2, "the log does not want v2 again")
         status = mlcdn.json("status", MODEL)
         promise({n["digest"] for n in status["nodes"]} == {v2}, "v2 does not serve on")
         found.append("v2 serves on")
@@ -191,7 +174,7 @@ def _harmless() -> bytes:
     return b"\x32" + bytes([len(said)]) + said
 
 
-def _published_then_corrupted(mlcdn: Mlcdn, file: Path) -> dict[str, Any]:
+def _published_then_corrupted(mlcdn: Mlcdn, file: Path) -> None:
     """Stops the agents, publishes, spoils the stored object, lets the agents go on."""
     nodes = [n for r in mlcdn.network()["regions"].values() for n in r["nodes"]]
     agents = [n["pids"]["agent"] for n in nodes]
@@ -203,18 +186,6 @@ def _published_then_corrupted(mlcdn: Mlcdn, file: Path) -> dict[str, Any]:
     finally:
         for pid in agents:
             os.kill(pid, signal.SIGCONT)
-    until = time.monotonic() + 20
-    while time.monotonic() < until:
-        status = mlcdn.json("status", MODEL)
-        if all("reject" in n["state"] or n["error"] for n in status["nodes"]):
-            return {
-                "nodes": [
-                    {"node": n["node"], "outcome": "rejected" if n["error"] else n["state"], "reason": n["error"]}
-                    for n in status["nodes"]
-                ],
-            }
-        time.sleep(0.3)
-    raise PromiseBroken("the nodes did not reject a corrupted artifact within 20 s")
 
 
 def _spoil(network: dict[str, Any], key: str) -> None:
@@ -235,14 +206,14 @@ def _spoil(network: dict[str, Any], key: str) -> None:
     client.put_object(Bucket=s3["bucket"], Key=key, Body=bytes(whole))
 
 
-def _lose_an_edge(mlcdn: Mlcdn, router: str, digits: Digits, v2: str) -> None:
+def _lose_an_edge(mlcdn: Mlcdn, router: str, digits: Digits, serving: str) -> None:
     with step("kill -9 one edge while a client asks: the router leaves it, it comes back by itself") as found:
         tokyo = mlcdn.network()["regions"]["tokyo"]["nodes"][0]
         os.kill(tokyo["pids"]["edge"], signal.SIGKILL)
         killed = time.monotonic()
         answered, asked, left = 0, 0, None
         with httpx.Client(follow_redirects=True, timeout=10, trust_env=False) as http, ThreadPoolExecutor(1) as beside:
-            returning = beside.submit(_wait_live, mlcdn, "tokyo-1", v2, killed)
+            returning = beside.submit(_wait_live, mlcdn, "tokyo-1", serving, killed)
             while not returning.done() or time.monotonic() - killed < 3:
                 row = digits.held_out[answered % len(digits.held_out)]
                 region, tries = _persist(http, router, row, killed)
@@ -256,7 +227,7 @@ def _lose_an_edge(mlcdn: Mlcdn, router: str, digits: Digits, v2: str) -> None:
             if left
             else "tokyo was back before the router left it"
         )
-        found.append(f"tokyo-1 serves v2 again {back:.2f} s after it was killed")
+        found.append(f"tokyo-1 serves v3 again {back:.2f} s after it was killed")
 
 
 def _persist(http: httpx.Client, router: str, row: Any, killed: float) -> tuple[str, int]:
@@ -264,7 +235,7 @@ def _persist(http: httpx.Client, router: str, row: Any, killed: float) -> tuple[
     while True:
         tries += 1
         try:
-            answer = http.post(f"{router}/v2/models/{MODEL}/infer", params=PLACES[0], json=body(row[None]))
+            answer = http.post(f"{router}/v2/models/{MODEL}/infer", params=TOKYO, json=body(row[None]))
         except httpx.TransportError:
             promise(time.monotonic() - killed < 30, "a client that asks again got no answer for 30 s")
             time.sleep(0.05)
