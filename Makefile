@@ -40,7 +40,7 @@ up: setup ## the whole network in the foreground; Ctrl-C stops it
 bench: setup ## every benchmark, the quick ones first; make bench-NAME for one: purge, release, swap, edge, audit ...
 	$(BIN)/python -m bench $(ARGS)
 
-BENCHES := purge onnx_nodes restart release rollback slow_neighbour workers swap storm release_ten fetch memory audit edge
+BENCHES := purge onnx_nodes restart release rollback rollout slow_neighbour workers swap storm release_ten fetch memory audit edge
 .PHONY: $(BENCHES:%=bench-%)
 $(BENCHES:%=bench-%): bench-%: setup # one of them: make bench-purge
 	$(BIN)/python -m bench $* $(ARGS)

@@ -70,14 +70,11 @@ def _decided(event: Event) -> str | None:
 def _judged(event: Event) -> str | None:
     match event:
         case RolloutAdvanced():
-            return (
-                f"rollout of {event.model} sequence {event.sequence}: wave {event.step} passed: {event.reason}"
-                f" ({_evidence(event.evidence)})"
-            )
+            return f"rollout of {event.model} sequence {event.sequence}: wave {event.step + 1} passed: {event.reason}"
         case RolloutHalted():
             back = "every node goes back to the stable release" if event.rollback else "it stays where it is"
             return (
-                f"rollout of {event.model} sequence {event.sequence} halted at wave {event.step}, {event.verdict}:"
+                f"rollout of {event.model} sequence {event.sequence} halted at wave {event.step + 1}, {event.verdict}:"
                 f" {event.reason}; {back} ({_evidence(event.evidence)})"
             )
         case LogCheckpoint():

@@ -421,7 +421,7 @@ def test_a_digest_leads_to_the_verdicts_on_its_release() -> None:
     assert found[0].id == released.id
     assert "7 differ" in found[1].what
     for words in (
-        "halted at wave 0, fail: too many errors",
+        "halted at wave 1, fail: too many errors",
         "200 requests, 10.00% errors, p99 9.5 ms",
         "2 of 3 workers",
     ):
