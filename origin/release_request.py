@@ -17,6 +17,7 @@ from inference.golden import ATOL, RTOL
 from inference.trial_report import TrialReport
 from origin.signature import Change
 from schemas import names
+from schemas.errors import BadInput
 from schemas.events import (
     Artifact,
     Batching,
@@ -80,6 +81,8 @@ class ReleaseRequest:
         # As the event will have them: found out before the trial, which takes longer.
         Batching(max_size=self.max_batch, max_delay_us=self.max_delay_us)
         names.within(self.shadow_percent, 0, 100, "shadow_percent")
+        if self.shadow_percent and self.placement is Placement.ORIGIN:
+            raise BadInput("a candidate at the origin has no shadow, and its drift could never be judged")
         Golden(object_key="golden/any", sha256="0" * 64, rtol=self.rtol, atol=self.atol)
 
 

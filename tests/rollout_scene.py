@@ -139,8 +139,8 @@ class Scene:
         assert rollout is not None
         return rollout
 
-    def job(self, archive: Any = None) -> RolloutJob:
-        return RolloutJob(self.log, self.writer(JOB), ROOTS, JOB_ID, archive, monotonic_s=lambda: self.now_ms / 1e3)
+    def job(self, store: Any = None) -> RolloutJob:
+        return RolloutJob(self.log, self.writer(JOB), ROOTS, JOB_ID, store, monotonic_s=lambda: self.now_ms / 1e3)
 
 
 __all__ = ["V1", "V2", "V3", "OnFailure", "Scene"]

@@ -23,7 +23,7 @@ import asyncio
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final
 
 import msgspec
 import structlog
@@ -37,19 +37,15 @@ from edge_node.serving.reporter import Identity
 from edge_node.serving.served import Prepared, Served
 from edge_node.serving.sleeping import Sleeping
 from edge_node.serving.standing import standing
+from edge_node.serving.swap_failures import Say, SwapFailures, release_fields
 from inference.onnx_model import SessionSettings
-from schemas.events import Event, ModelSwapped, ServedModel, SwapFailed
+from schemas.events import ModelSwapped, ServedModel
 from schemas.metrics import counter, gauge, histogram
 from streams.folds.wanted import Channel, Wanted, model_of, seat
 
 ASK_ORIGIN_S: Final = 0.2
-RETRY_S: Final = (1.0, 2.0, 5.0, 15.0, 30.0)
 
 log = structlog.get_logger()
-
-
-class Say(Protocol):
-    def __call__(self, event: Event, *, causation_id: str | None = None) -> None: ...
 
 
 class _Ready(msgspec.Struct, frozen=True):
@@ -57,15 +53,6 @@ class _Ready(msgspec.Struct, frozen=True):
 
     prepared: Prepared | None = None
     answers: list[tuple[Ask, bytes]] = []
-
-
-class _Failure(msgspec.Struct):
-    """What kept a release from being taken over, and when to try again (monotonic seconds)."""
-
-    target: BoardModel
-    cause: str
-    attempts: int
-    retry_at: float
 
 
 class Swaps:
@@ -86,7 +73,7 @@ class Swaps:
         self._preparing = Preparing(session_settings)
         self._sleeping = Sleeping(slots, directory, self._preparing, memory_bytes)
         self._board: BoardFile | None = None
-        self._failures: dict[str, _Failure] = {}
+        self._failures = SwapFailures(identity, say)
         self._running: dict[str, asyncio.Task[None]] = {}
         self._retiring: set[asyncio.Task[None]] = set()
         # Whether all that it found was served once: until then no request is disturbed by a load.
@@ -108,7 +95,7 @@ class Swaps:
                 self._see_to_candidate(slot)
             else:
                 self._retire(slot.name)
-        self._failures = {n: f for n, f in self._failures.items() if board.models.get(n) == f.target}
+        self._failures.follow(board)
         self.tend()
 
     def tend(self) -> None:
@@ -116,9 +103,12 @@ class Swaps:
         self._sleeping.tend()
         self._begun = self._begun or self.settled
         for name, target in (self._board.models if self._board else {}).items():
-            failure = self._failures.get(name)
-            due = failure is None or failure.retry_at <= time.monotonic()
-            if name not in self._running and due and not self._is_served(target) and self._has_its_turn(target):
+            if (
+                name not in self._running
+                and self._failures.due(name)
+                and not self._is_served(target)
+                and self._has_its_turn(target)
+            ):
                 task = asyncio.get_running_loop().create_task(self._take_over(name, target))
                 self._running[name] = task
                 task.add_done_callback(partial(self._ended, name))
@@ -201,7 +191,7 @@ class Swaps:
                 await self._until_forwarded(name, slot, target)
             ready = _Ready() if target.forwarded else await self._prepare(slot, target, ms)
         except PhaseFailed as failed:
-            self._failed(name, slot, target, failed)
+            self._failures.failed(name, slot, target, failed)
             return
         finally:
             slot.loading.discard(name)
@@ -223,7 +213,7 @@ class Swaps:
             old = slot.swap(new)
             self._see_to_candidate(slot)
         ms["swap"] = (time.perf_counter() - began) * 1e3
-        self._failures.pop(name, None)
+        self._failures.forget(name)
         counter("mlcdn_swaps_total").labels(slot.name, "swapped").inc()
         for phase, value in ms.items():
             histogram("mlcdn_swap_phase_seconds").labels(phase).observe(value / 1e3)
@@ -231,7 +221,7 @@ class Swaps:
         self._say(
             ModelSwapped(
                 **self._identity.fleet(),
-                **_release(wanted),
+                **release_fields(wanted),
                 previous_digest=old.digest if old else "",
                 channel=target.channel,
                 ms=ms,
@@ -280,24 +270,6 @@ class Swaps:
         asks = hottest.known(slot.name) if target.channel is Channel.CANDIDATE else hottest.take(slot.name)
         return [ask for ask in asks if ask.served.digest != target.wanted.digest]
 
-    def _failed(self, name: str, slot: ModelSlot, target: BoardModel, failed: PhaseFailed) -> None:
-        before = self._failures.get(name)
-        again = before is not None and before.target == target
-        attempts = before.attempts + 1 if before is not None and again else 1
-        pause = RETRY_S[min(attempts, len(RETRY_S)) - 1]
-        self._failures[name] = _Failure(target, failed.cause, attempts, time.monotonic() + pause)
-        slot.errors[name] = f"{failed.phase}: {failed.cause}"
-        counter("mlcdn_swaps_total").labels(slot.name, "failed").inc()
-        if before is not None and again and before.cause == failed.cause:
-            return
-        log.error("swap_failed", model=name, phase=failed.phase, cause=failed.cause)
-        self._say(
-            SwapFailed(
-                **self._identity.fleet(), **_release(target.wanted), phase=failed.phase, cause=failed.cause[:500]
-            ),
-            causation_id=target.wanted.cause,
-        )
-
     def _retire(self, name: str) -> None:
         slot = self._slots.remove(name)
         if slot is not None:
@@ -314,13 +286,3 @@ def _is_same(one: Wanted, other: Wanted) -> bool:
 
 def _say_share(slot: ModelSlot) -> None:
     gauge("mlcdn_candidate_percent").labels(slot.name).set(slot.percent if slot.candidate is not None else 0.0)
-
-
-def _release(wanted: Wanted) -> dict[str, Any]:
-    return {
-        "model": wanted.model,
-        "version": wanted.version,
-        "sequence": wanted.sequence,
-        "digest": wanted.digest,
-        "position": wanted.position,
-    }

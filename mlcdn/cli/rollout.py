@@ -168,7 +168,15 @@ def _evidence(evidence: Evidence) -> None:
 
 
 def _side(name: str, side: Side) -> tuple[object, ...]:
-    return (name, side.digest[:12], side.requests, side.errors, side.refused, f"{side.p50_ms:.2f}", f"{side.p99_ms:.2f}")
+    return (
+        name,
+        side.digest[:12],
+        side.requests,
+        side.errors,
+        side.refused,
+        f"{side.p50_ms:.2f}",
+        f"{side.p99_ms:.2f}",
+    )
 
 
 def _time(timestamp_ms: int) -> str:

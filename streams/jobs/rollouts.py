@@ -22,17 +22,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import time
 from collections.abc import Callable, Iterable
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 import structlog
 
 from processes import logs
 from processes.signals import stop_on_signals
-from schemas import codec, names, signing
+from schemas import codec, signing
 from schemas.errors import Conflict, EventRefused, MlcdnError, SettingsInvalid
 from schemas.events import Evidence, Range
 from schemas.settings import Settings, load
@@ -43,6 +42,7 @@ from streams.folds.comparison import Comparison
 from streams.folds.fleet import Fleet
 from streams.folds.releases import Releases
 from streams.folds.rollouts import Rollout
+from streams.jobs.archive import ARCHIVE_S, Archive, Store
 from streams.jobs.broker_clock import BrokerClock
 from streams.log.boot import read_to_watermark
 from streams.log.keys import load_private, load_roots
@@ -54,7 +54,6 @@ from streams.log.writer import Writer
 TICK_S: Final = 0.1
 SAME_LOG_S: Final = 5.0
 APPEND_S: Final = 5.0
-ARCHIVE_S: Final = 1.0
 RETRY_S: Final = 1.0
 VERDICTS: Final = ("RolloutAdvanced", "RolloutHalted")
 # A verdict that did not come back in the log in this time was lost, and is said again.
@@ -66,10 +65,6 @@ log = structlog.get_logger()
 
 Wave = tuple[str, int, int]
 """Model, sequence, and the position of the record that began the wave."""
-
-
-class Archive(Protocol):
-    def put_bytes(self, key: str, data: bytes) -> bool: ...
 
 
 class _Watched:
@@ -89,17 +84,17 @@ class RolloutJob:
         writer: Writer,
         roots: tuple[bytes, ...],
         keyid: str,
-        archive: Archive | None,
+        store: Store | None,
         *,
         monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._reader, self._writer, self._archive, self._monotonic_s = reader, writer, archive, monotonic_s
+        self._reader, self._writer, self._monotonic_s = reader, writer, monotonic_s
+        self._archive = Archive(store, monotonic_s)
         self._keyid = keyid
         self._releases, self._fleet, self._clock = Releases.initial(roots), Fleet(), BrokerClock()
         self._next: dict[TopicPartition, int] = {}
         self._watched: dict[Wave, _Watched] = {}
         self._topics: dict[str, str] = {}
-        self._store_away_until = 0.0
 
     def under_way(self) -> Iterable[Rollout]:
         for _, history in sorted(self._releases.models.items()):
@@ -231,18 +226,7 @@ class RolloutJob:
             Range(topic=topic, partition=partition, start=start, end=max(start, self._next.get((topic, partition), 0)))
             for (topic, partition), start in sorted(watched.starts.items())
         ]
-        archive = ""
-        if self._archive is not None and self._monotonic_s() >= self._store_away_until:
-            data = await asyncio.to_thread(watched.comparison.archive)
-            digest = hashlib.sha256(data).hexdigest()
-            key = names.evidence_object_key(watched.comparison.subject.model, digest)
-            try:
-                async with asyncio.timeout(ARCHIVE_S):
-                    await asyncio.to_thread(self._archive.put_bytes, key, data)
-                archive = digest
-            except (MlcdnError, TimeoutError) as error:
-                log.warning("evidence_not_archived", model=watched.comparison.subject.model, error=str(error))
-                self._store_away_until = self._monotonic_s() + LOST_S
+        archive = await self._archive.keep(watched.comparison)
         return msgspec.structs.replace(evidence, ranges=tuple(ranges), archive=archive)
 
     async def _same_log(self) -> None:
