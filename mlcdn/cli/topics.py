@@ -15,7 +15,7 @@ import typer
 from mlcdn.cli import output
 from mlcdn.cli.output import Json
 from mlcdn.cli.target import DEFAULT_DIR, Dir, Target
-from schemas import codec
+from schemas import codec, signing
 from schemas.errors import BadInput, EventRefused
 from schemas.topics import TOPICS
 from streams.audit.control import At
@@ -126,9 +126,21 @@ def _show(record: Record, json: bool) -> None:
             "cause": envelope.causation_id,
             "event": msgspec.to_builtins(envelope.event),
         }
+    signer = _signer(record) if TOPICS[record.topic].signed else ""
+    if signer:
+        said["signer"] = signer
     if json:
         sys.stdout.write(msgspec.json.encode(said).decode() + "\n")
         sys.stdout.flush()
     else:
         body = msgspec.json.encode(said.get("event", said.get("undecodable"))).decode()
-        output.say(f"{record.partition}/{record.offset} {moment} {said['kind']} {body}")
+        by = f" by {signer}" if signer else ""
+        output.say(f"{record.partition}/{record.offset} {moment} {said['kind']}{by} {body}")
+
+
+def _signer(record: Record) -> str:
+    """The key id that a record names, whoever it is; nobody has checked its signature here."""
+    try:
+        return signing.signer(record.headers)
+    except EventRefused:
+        return "nobody"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import threading
@@ -146,6 +147,9 @@ def test_an_operator_pauses_resumes_and_aborts(mlcdn: Mlcdn, model_files: dict[s
     assert mlcdn.json("rollout", "resume", "steered")["status"] == "rolling"
     aborted = mlcdn.json("rollout", "abort", "steered", "--reason", "no")
     assert (aborted["status"], aborted["stable"]["version"]) == ("aborted", "v1")
+    keys = {key["key"]: key["label"] for key in mlcdn.json("keys", "list")}
+    last = [json.loads(line) for line in mlcdn("topics", "tail", "releases", "--json").splitlines()]
+    assert {keys[said["signer"]] for said in last if said["kind"] == "RolloutAborted"} == {"operator"}
     mlcdn("rollout", "resume", "steered", expect=1)
     mlcdn("rollout", "show", "nobody", expect=1)
 
