@@ -28,7 +28,7 @@ from inference.golden import ATOL, RTOL
 from inference.limited import LimitedModel, Refused
 from inference.packed import Output
 from schemas.errors import BadInput, BadTensor, NotFound
-from schemas.events import Gates, ModelReleased, Range, RequestRecorded
+from schemas.events import Compare, Gates, ModelReleased, Range, RequestRecorded
 from streams.artifacts import ArtifactStore, FetchOptions
 from streams.audit.recordings import RegionSample
 from streams.folds.releases import ModelHistory
@@ -50,9 +50,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
         return (golden.rtol, golden.atol) if golden is not None else (RTOL, ATOL)
 
     @property
-    def max_disagreement(self) -> float:
-        gates = self.released.plan.gates if self.released is not None else Gates()
-        return gates.max_disagreement
+    def gates(self) -> Gates:
+        return self.released.plan.gates if self.released is not None else Gates()
 
 
 class RegionReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,6 +71,12 @@ class RegionReport(msgspec.Struct, frozen=True, kw_only=True):
     first_difference: str
     ranges: tuple[Range, ...]
 
+    def judged(self, compare: Compare) -> tuple[int, int]:
+        """What was compared or failed, and what of it differs, as a gate counts it."""
+        if compare is Compare.TOP1 and self.top1_rows:
+            return self.top1_rows + self.failed, self.top1_rows - self.top1_agreements + self.failed
+        return self.rows + self.failed, self.disagreements + self.failed
+
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """`disagreement` is the share of what was compared, or not answered, over all regions."""
@@ -84,6 +89,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     last: int
     regions: tuple[RegionReport, ...]
     rows: int
+    compare: Compare
     disagreement: float
     max_disagreement: float
     passed: bool
@@ -137,6 +143,7 @@ def replay(
     samples: Sequence[RegionSample],
     *,
     last: int,
+    compare: Compare | None = None,
     max_disagreement: float | None = None,
 ) -> Report:
     """The artifact at `path` is asked all of `samples`."""
@@ -145,11 +152,11 @@ def replay(
     files = () if released is None else stored(released.files, path.parent)
     with LimitedModel(path, sha256, files=files) as child:
         regions = tuple(_region(sample, candidate, child.ask) for sample in samples)
-    asked = sum(r.rows + r.failed for r in regions)
-    wrong = sum(r.disagreements + r.failed for r in regions)
-    share, allowed = wrong / asked if asked else 0.0, max_disagreement
-    if allowed is None:
-        allowed = candidate.max_disagreement
+    compare = compare or candidate.gates.compare
+    judged = [region.judged(compare) for region in regions]
+    asked, wrong = sum(one for one, _ in judged), sum(differ for _, differ in judged)
+    share = wrong / asked if asked else 0.0
+    allowed = candidate.gates.max_disagreement if max_disagreement is None else max_disagreement
     rtol, atol = candidate.tolerances
     return Report(
         model=model,
@@ -160,6 +167,7 @@ def replay(
         last=last,
         regions=regions,
         rows=sum(r.rows for r in regions),
+        compare=compare,
         disagreement=share,
         max_disagreement=allowed,
         passed=bool(asked) and share <= allowed,

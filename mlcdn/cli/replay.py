@@ -16,6 +16,7 @@ from origin import replay as gate
 from origin.replay import RegionReport, Report
 from schemas import names
 from schemas.errors import BadInput
+from schemas.events import Compare
 from schemas.topics import RECORDINGS
 from streams.audit.control import At, fold_releases
 from streams.audit.recordings import last_recorded
@@ -37,6 +38,9 @@ def replay_requests(
     at: Annotated[
         str | None,
         typer.Option(help="Only what was recorded until then: position on the releases topic, or ISO 8601 time."),
+    ] = None,
+    compare: Annotated[
+        Compare | None, typer.Option(help="What makes two answers differ; default as the release's plan says.")
     ] = None,
     max_disagreement: Annotated[
         float | None, typer.Option(help="Share of answers that may differ; default that of the release's plan.")
@@ -61,7 +65,9 @@ def replay_requests(
         samples = last_recorded(watched, model, last, region, until_ms=At.parse(at).time(target.reader))
     with tempfile.TemporaryDirectory(prefix="mlcdn-replay-") as folder:
         path = file if file is not None else gate.fetched(candidate, store_of(target), Path(folder))
-        report = gate.replay(candidate, path, model, samples, last=last, max_disagreement=max_disagreement)
+        report = gate.replay(
+            candidate, path, model, samples, last=last, compare=compare, max_disagreement=max_disagreement
+        )
     if json:
         output.document(report)
     else:
@@ -86,7 +92,9 @@ def _say(report: Report) -> None:
         output.say("nothing was compared: no recorded request of it can be asked again")
         return
     verdict = "passed" if report.passed else "failed"
-    output.say(f"{verdict}: {report.disagreement:.4%} differ or failed, {report.max_disagreement:.4%} may")
+    output.say(
+        f"{verdict}: {report.disagreement:.4%} differ ({report.compare}) or failed, {report.max_disagreement:.4%} may"
+    )
 
 
 def _details(report: RegionReport) -> None:

@@ -275,7 +275,18 @@ def test_requests_are_recorded_without_what_is_somebodys_and_a_replay_of_them_is
     candidate.write_bytes(differing_bytes(EVERY))
 
     def replay(*more: str) -> tuple[int, str]:
-        line = ["replay-requests", "digits", "--file", str(candidate), "--region", REGION, "--json", *more]
+        line = [
+            "replay-requests",
+            "digits",
+            "--file",
+            str(candidate),
+            "--region",
+            REGION,
+            "--compare",
+            "values",
+            "--json",
+            *more,
+        ]
         return run(line), capsys.readouterr().out
 
     once, again = replay(), replay()
