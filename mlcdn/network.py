@@ -69,6 +69,8 @@ class Network:
         self._plan, self._supervisor, self._progress = plan, supervisor, progress
         self._directory = plan.directory.resolve()
         self.document: dict[str, Any] = {}
+        # What our processes need, and outlasts them: their last words are to the log.
+        self._parts: tuple[str, ...] = ()
 
     async def start(self) -> None:
         """1. parts, 2. topics, 3. trust and our processes, in parallel, 4. the document, last."""
@@ -82,6 +84,7 @@ class Network:
             self._progress,
             kafka_port=self._plan.kafka_port,
         )
+        self._parts = tuple(sorted(self._supervisor.names()))
         identities = key_files(self._directory / "keys")
         for line in await asyncio.to_thread(TopicAdmin(addresses.kafka).apply):
             self._progress(line)
@@ -186,6 +189,7 @@ class Network:
             name=name,
             argv=(sys.executable, "-m", module),
             env=own,
+            after=self._parts,
             ready=_answers(f"http://{LOOPBACK}:{port}{path}") if port is not None else None,
             ready_timeout_s=60,
             stop_timeout_s=15,

@@ -121,8 +121,8 @@ def test_a_replay_asks_the_newest_release_of_a_version_and_judges_as_it_says() -
     brought = [release("v1", 1), release("v2", 2), release("v2", 3, golden=golden, plan=plan)]
     history = ModelHistory(sequence=3, brought={r.digest: r for r in brought})
     found = released_candidate(history, "digits", "v2")
-    assert (found.digest, found.tolerances, found.max_disagreement) == (brought[2].digest, (0.5, 0.25), 0.125)
-    assert released_candidate(history, "digits", "v1").max_disagreement == Gates().max_disagreement
+    assert (found.digest, found.tolerances, found.gates.max_disagreement) == (brought[2].digest, (0.5, 0.25), 0.125)
+    assert released_candidate(history, "digits", "v1").gates == Gates()
     for nothing, version in ((history, "v9"), (history, None), (None, None)):
         with pytest.raises(NotFound):
             released_candidate(nothing, "digits", version)

@@ -185,12 +185,12 @@ class Watched:
 
 def below(pid: int) -> list[int]:
     """The processes that a process began, and those that they began."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            found += [int(child) for child in task.read_text().split()]
-        except OSError:
-            continue  # it has ended
+    found: list[int] = []
+    try:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            found += [int(child) for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split()]
+    except OSError:
+        return found  # it has ended
     return found + [grandchild for child in found for grandchild in below(child)]
 
 

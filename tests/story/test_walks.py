@@ -158,9 +158,9 @@ def test_the_story_names_causes_and_verify_agrees(mlcdn: Mlcdn, model_files: dic
     assert mlcdn.json("audit", "story", released["event_id"])[0]["id"] == released["event_id"]
     assert mlcdn("audit", "story", "told") == mlcdn("audit", "story", "told")
     told = mlcdn.json("audit", "state", "--at", str(released["position"]))
-    assert "told" in {w["model"] for w in told["told"]}
+    assert "told" in {seat["wanted"]["model"] for seat in told["told"]}
     before = mlcdn.json("audit", "state", "--at", str(released["position"] - 1))
-    assert "told" not in {w["model"] for w in before["told"]}
+    assert "told" not in {seat["wanted"]["model"] for seat in before["told"]}
     assert mlcdn.json("audit", "verify")["ok"]
 
 
@@ -168,20 +168,26 @@ def test_a_tampered_board_is_named(mlcdn: Mlcdn, model_files: dict[str, Path]) -
     mlcdn("publish", "board", str(model_files["v1"]), "--version", "v1", "--wait")
     mlcdn("publish", "board", str(model_files["v2"]), "--version", "v2", "--wait")
     virginia = mlcdn.network()["regions"]["virginia"]["nodes"][0]
-    path = Path(virginia["dir"]) / "board" / "models.json"
-    whole = path.read_text()
-    board = json.loads(whole)
-    board["desired"]["board"]["version"] = "v1"
-    board["policy"] += 1
-    path.write_text(json.dumps(board))
-    for pid in virginia["pids"]["workers"]:
-        os.kill(pid, signal.SIGKILL)
-    until(lambda: not _verifies(mlcdn), 20, "verify fails")
-    found = mlcdn.json("audit", "verify", expect=1)
+    # Whatever the log says next has the agent write the board anew, a checkpoint too.
+    os.kill(virginia["pids"]["agent"], signal.SIGSTOP)
+    try:
+        _tamper(Path(virginia["dir"]) / "board" / "models.json")
+        for pid in virginia["pids"]["workers"]:
+            os.kill(pid, signal.SIGKILL)
+        until(lambda: not _verifies(mlcdn), 20, "verify fails")
+        found = mlcdn.json("audit", "verify", expect=1)
+    finally:
+        os.kill(virginia["pids"]["agent"], signal.SIGCONT)
     assert {d["node"] for d in found["differences"]} == {"virginia-1"}
-    # The next plan writes the board anew: a release is enough to mend it.
     mlcdn("publish", "board", str(model_files["v3"]), "--version", "v3", "--wait")
     until(lambda: _verifies(mlcdn), 20, "verify holds again")
+
+
+def _tamper(path: Path) -> None:
+    board = json.loads(path.read_text())
+    board["desired"]["board"]["wanted"]["version"] = "v1"
+    board["policy"] += 1
+    path.write_text(json.dumps(board))
 
 
 def _verifies(mlcdn: Mlcdn) -> bool:
