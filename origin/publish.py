@@ -27,10 +27,11 @@ import msgspec
 from inference.trial import run_trial
 from inference.trial_report import TrialLimits, TrialReport
 from origin import data_files, signature
+from origin.read_back import read_on
 from origin.release_request import GOLDEN_MAX_BYTES, Published, ReleaseEvent, ReleaseRequest, published, released
 from origin.signature import Change, SignatureChanged
 from schemas import names
-from schemas.errors import BadInput, Conflict, EventRefused, ModelRefused, NotFound, Refusal
+from schemas.errors import BadInput, Conflict, ModelRefused, NotFound, Refusal
 from schemas.events import (
     Artifact,
     File,
@@ -39,7 +40,6 @@ from schemas.events import (
     ModelRetired,
     ModelRolledBack,
 )
-from schemas.topics import RELEASES
 from streams.artifacts import ArtifactStore, describe
 from streams.folds import releases
 from streams.folds.releases import Releases
@@ -88,7 +88,7 @@ class Publisher:
         proof = await asyncio.to_thread(_read_golden, request)
         report, files = await asyncio.to_thread(self._try, request, artifact)  # 1
         template = released(request, artifact, report, None if proof is None else proof[0], files)
-        state, _ = await asyncio.to_thread(self._fold_on, Releases.initial(self.roots), None)
+        state, _ = await asyncio.to_thread(read_on, self._reader, Releases.initial(self.roots), None)
         changes = _compared(request, template, state)
         await self._upload(request, template, proof, progress)  # 2
 
@@ -182,12 +182,12 @@ class Publisher:
     ) -> Published:
         state = Releases.initial(self.roots) if known is None else known
         for _ in range(TRIES):
-            state, _ = await asyncio.to_thread(self._fold_on, state, None)  # 3
+            state, _ = await asyncio.to_thread(read_on, self._reader, state, None)  # 3
             history = state.models.get(model)
             event = make((history.sequence if history else 0) + 1, state)
             appended = await self._writer.append(event)  # 4
             position = appended.record.offset
-            state, refused = await asyncio.to_thread(self._fold_on, state, position + 1)  # 5
+            state, refused = await asyncio.to_thread(read_on, self._reader, state, position + 1)  # 5
             if state.position != position:
                 raise Conflict(f"position {position} is not in the log that acknowledged it: was the topic made again?")
             if refused is None:
@@ -195,14 +195,6 @@ class Publisher:
             if refused.refusal not in LOST_RACE:
                 raise Conflict(f"the log holds the event at position {position}, refused: {refused}")
         raise Conflict(f"{TRIES} times another release of {model} came first")
-
-    def _fold_on(self, state: Releases, end: int | None) -> tuple[Releases, EventRefused | None]:
-        """The state up to, not including, `end`, and why the last record did not act, if it did not."""
-        refused = None
-        for record in self._reader.read(RELEASES.name, 0, state.position + 1, end):
-            step = releases.fold(state, record)
-            state, refused = step.state, step.refused
-        return state, refused
 
 
 def _read_golden(request: ReleaseRequest) -> tuple[Golden, bytes] | None:

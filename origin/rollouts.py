@@ -13,8 +13,9 @@ from typing import Final
 
 import msgspec
 
+from origin.read_back import read_on
 from schemas.codec import Envelope
-from schemas.errors import Conflict, EventRefused, NotFound
+from schemas.errors import Conflict, NotFound
 from schemas.events import RolloutAborted, RolloutAdvanced, RolloutHalted, RolloutPaused, RolloutResumed
 from schemas.topics import RELEASES
 from streams.folds import releases
@@ -45,12 +46,12 @@ class Operator:
 
     async def say(self, word: str, model: str, *, author: str, reason: str) -> Said:
         """`word` is one of `WORDS`. `NotFound` where the model has no rollout, `Conflict` where the log did not take it."""
-        state, _ = await asyncio.to_thread(self._fold_on, Releases.initial(self._roots), None)
+        state, _ = await asyncio.to_thread(read_on, self._reader, Releases.initial(self._roots))
         rollout = rollout_of(state.models.get(model), model)
         event = WORDS[word](model=model, sequence=rollout.wanted.sequence, author=author, reason=reason)
         appended = await self._writer.append(event, causation_id=rollout.wanted.cause)
         position = appended.record.offset
-        state, refused = await asyncio.to_thread(self._fold_on, state, position + 1)
+        state, refused = await asyncio.to_thread(read_on, self._reader, state, position + 1)
         if state.position != position:
             raise Conflict(f"position {position} is not in the log that acknowledged it: was the topic made again?")
         if refused is not None:
@@ -62,13 +63,6 @@ class Operator:
             position=position,
             rollout=rollout_of(state.models[model], model),
         )
-
-    def _fold_on(self, state: Releases, end: int | None) -> tuple[Releases, EventRefused | None]:
-        refused = None
-        for record in self._reader.read(RELEASES.name, 0, state.position + 1, end):
-            step = releases.fold(state, record)
-            state, refused = step.state, step.refused
-        return state, refused
 
 
 def rollout_of(history: ModelHistory | None, model: str) -> Rollout:
@@ -112,7 +106,7 @@ async def wait_over(
     progress: Callable[[Judgement], None] = lambda _: None,
 ) -> Ended:
     """Until the rollout that the release at `position` began is not under way any more."""
-    state = await asyncio.to_thread(_folded, reader, roots, position + 1)
+    state, _ = await asyncio.to_thread(read_on, reader, Releases.initial(roots), position + 1)
     begun = rollout_of(state.models.get(model), model)
     verdicts: list[Judgement] = []
 
@@ -147,10 +141,3 @@ def _verdict_on(model: str, envelope: Envelope | None) -> Judgement | None:
     if envelope is None or not isinstance(event, RolloutAdvanced | RolloutHalted) or event.model != model:
         return None
     return Judgement(id=envelope.id, step=event.step, verdict=str(event.verdict), reason=event.reason)
-
-
-def _folded(reader: LogReader, roots: tuple[bytes, ...], end: int) -> Releases:
-    state = Releases.initial(roots)
-    for record in reader.read(RELEASES.name, 0, 0, end):
-        state = releases.fold(state, record).state
-    return state
